@@ -114,9 +114,8 @@ def test_wheel_holds_every_source_file_once_and_imports(project: Path, tmp_path:
 def test_editable_install_finds_the_working_tree(project: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(build(project, "build_editable")) as wheel:
         wheel.extractall(tmp_path)
-    shown = run_python(
-        f"{WITHOUT_EDITABLE}import site; site.addsitedir({str(tmp_path)!r}); {SHOW_ORIGIN}", cwd=tmp_path
-    )
+    enter = f"import site; sys.path.insert(0, {str(tmp_path)!r}); site.addsitedir({str(tmp_path)!r}); "
+    shown = run_python(f"{WITHOUT_EDITABLE}{enter}{SHOW_ORIGIN}", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     package, layers = (Path(line).resolve() for line in shown.stdout.split())
     assert package == project / "hybridvl/__init__.py"
