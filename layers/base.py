@@ -60,15 +60,22 @@ class State:
         values = {name: value.clone() for name, value in self._children()}
         return dataclasses.replace(self, **values)  # type: ignore[type-var]
 
+    @torch.no_grad()
     def reset(self) -> None:
         """Back to the empty state, in place."""
         for tensor in self.tensors().values():
-            tensor.zero_()
+            tensor.detach_().zero_()
+
+    def detach_(self) -> None:
+        """Cut the autograd history in place: gradients of later tokens stop here (truncated backpropagation)."""
+        for tensor in self.tensors().values():
+            tensor.detach_()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors by dotted name, detached; `load_state_dict` takes it back."""
         return {name: tensor.detach() for name, tensor in self.tensors().items()}
 
+    @torch.no_grad()
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
         """Copy saved tensors into this state in place; names, shapes and dtypes must agree."""
         own = self.tensors()
@@ -80,7 +87,7 @@ class State:
                     f"state tensor {name}: saved {tuple(saved[name].shape)} {saved[name].dtype}, "
                     f"expected {tuple(tensor.shape)} {tensor.dtype}"
                 )
-            tensor.copy_(saved[name])
+            tensor.detach_().copy_(saved[name])
 
     def _children(self) -> list[tuple[str, Tensor | State]]:
         return [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]  # type: ignore[arg-type]
@@ -93,13 +100,16 @@ class Mixer(nn.Module, ABC):
     def forward(self, x: Tensor, sequence: Sequence, state: State | None = None) -> Tensor:
         """Mix x (B, T, D) along T into y (B, T, D), causally.
 
-        With a state, x continues what the state has seen and the state is updated in place. Outputs at padding are
+        With a state, x continues what the state has seen and the state is updated in place; when autograd records, the
+        state carries gradients on into later calls (run inference under torch.no_grad()). Outputs at padding are
         zero-effect filler: finite, and never read by real tokens. With `sequence.cu_seqlens` the state has one row
         per segment.
         """
 
     @abstractmethod
-    def init_state(self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> State:
+    def init_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> State:
         """An empty state for `batch` rows; device and dtype default to the parameters'. Recurrent parts are float32
         (float64 for a float64 dtype) whatever the dtype."""
 
@@ -124,10 +134,18 @@ class MixerConfig(ABC):
         follow `context` earlier ones, as torch's FlopCounterMode counts the PyTorch path."""
 
     @abstractmethod
-    def state_bytes(self, context: int, dtype: torch.dtype) -> int:
-        """Exact bytes of the state of one row after `context` tokens, for a model in `dtype`."""
+    def state_bytes(self, context: int, dtype: torch.dtype, width: int | None = None) -> int:
+        """Exact bytes of the state of one row after `context` tokens, for a model in `dtype`.
+
+        width: model width D, read by the mixers whose state depends on it (Mamba2); they raise ConfigError without it.
+        """
 
     @property
     def rotary_dim(self) -> int:
         """Head dim for which the mixer reads `Sequence.rotary`; 0 when it needs no positions."""
         return 0
+
+    @property
+    def rotary_dims(self) -> frozenset[int]:
+        """All head dims for which the layer reads `Sequence.rotary`; several only where mixers stand in parallel."""
+        return frozenset({self.rotary_dim} - {0})

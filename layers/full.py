@@ -1,0 +1,70 @@
+"""Full causal attention, whose cache grows with the context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hybridvl.layers.cache import KeyValueState
+from hybridvl.layers.registry import register
+from hybridvl.layers.softmax_attention import Attention, AttentionConfig
+
+BLOCK = 64  # slots by which the cache grows
+
+
+@register("full")
+@dataclass(frozen=True, kw_only=True)
+class FullAttentionConfig(AttentionConfig):
+    """Attention over all earlier tokens; options as in `AttentionConfig`."""
+
+    def build(self, width: int) -> FullAttention:
+        """The module for model width D."""
+        return FullAttention(self, width)
+
+    def state_bytes(self, context: int, dtype: torch.dtype, width: int | None = None) -> int:
+        """See `MixerConfig.state_bytes`."""
+        return self.cache_bytes(max(-(-context // BLOCK), 1) * BLOCK, dtype)
+
+
+@dataclass
+class FullAttentionState(KeyValueState):
+    """Keys and values of every token so far, in blocks of 64 slots: the one state that grows, and so moves."""
+
+    def append(self, k: Tensor, v: Tensor, counts: Tensor) -> int:
+        """See `KeyValueState.append`; makes room first, which reads the lengths on the host."""
+        needed = int((self.length + counts).max())
+        if needed > self.slots:
+            self._resize(-(-needed // BLOCK) * BLOCK)
+        super().append(k, v, counts)
+        return max(needed, 1)
+
+    def reset(self) -> None:
+        """Back to the empty state of one block."""
+        self._resize(BLOCK)
+        super().reset()
+
+    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
+        """See `State.load_state_dict`; takes a saved state of any length."""
+        if "k" in saved and saved["k"].dim() == self.k.dim():
+            self._resize(saved["k"].shape[1])
+        super().load_state_dict(saved)
+
+    def _resize(self, slots: int) -> None:
+        kept = min(slots, self.slots)
+        for name in ("k", "v"):
+            old = getattr(self, name)
+            fresh = old.new_zeros(old.shape[0], slots - kept, *old.shape[2:])
+            setattr(self, name, torch.cat((old[:, :kept], fresh), dim=1))
+
+
+class FullAttention(Attention):
+    """Causal grouped-query attention over all earlier tokens, as in Qwen2.5-VL's decoder."""
+
+    def init_state(
+        self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> FullAttentionState:
+        """See `Mixer.init_state`."""
+        return FullAttentionState(*self.empty_cache(BLOCK, batch, device, dtype))

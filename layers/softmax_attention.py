@@ -1,0 +1,158 @@
+"""Grouped-query softmax attention: all that full and sliding-window attention have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hybridvl.layers.base import MixerConfig, Sequence, State
+from hybridvl.layers.cache import KeyValueState
+from hybridvl.layers.errors import ConfigError
+from hybridvl.layers.norms import RMSNorm
+from hybridvl.layers.ops import attention
+from hybridvl.layers.ops.attention import attention_flops
+from hybridvl.layers.ops.backend import backend_names
+from hybridvl.layers.rotary import apply_rotary
+from hybridvl.layers.rows import RowMixer, readable, token_counts
+from hybridvl.layers.validate import check_types, expect, expect_at_least, expect_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig(MixerConfig):
+    """Options of softmax attention; the defaults are Qwen2.5-VL-3B's.
+
+    Attributes:
+        heads: query heads H.
+        kv_heads: key and value heads, shared by H / kv_heads consecutive query heads each.
+        head_dim: dim per head K; even with rope.
+        qkv_bias: biases of the query, key and value projections.
+        out_bias: bias of the output projection.
+        qk_norm: RMSNorm over each head's query and key, before the rotary embedding.
+        rope: turn queries and keys by `Sequence.rotary`; false = no positions.
+        norm_eps: epsilon of qk_norm.
+        backend: implementation of the attention operator.
+    """
+
+    heads: int = 16
+    kv_heads: int = 2
+    head_dim: int = 128
+    qkv_bias: bool = True
+    out_bias: bool = False
+    qk_norm: bool = False
+    rope: bool = True
+    norm_eps: float = 1e-6
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        expect_at_least(self, 1, "heads", "kv_heads", "head_dim")
+        expect_positive(self, "norm_eps")
+        expect(self, "kv_heads", self.heads % self.kv_heads == 0, f"a divisor of heads = {self.heads}")
+        expect(self, "head_dim", not self.rope or self.head_dim % 2 == 0, "an even number with rope")
+        names = backend_names("attention")
+        expect(self, "backend", self.backend in names, f"one of {', '.join(names)}")
+
+    @property
+    def rotary_dim(self) -> int:
+        """The head dim with rope, else 0."""
+        return self.head_dim if self.rope else 0
+
+    @property
+    def slots_limit(self) -> int | None:
+        """Keys that a query may see, itself included (W); None = all."""
+        return None
+
+    def num_params(self, width: int) -> int:
+        """Exact number of parameters."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        biases = self.qkv_bias * (queries + 2 * keys) + self.out_bias * width
+        return 2 * width * (queries + keys) + biases + self.qk_norm * 2 * self.head_dim
+
+    def flops(self, width: int, tokens: int, context: int = 0) -> int:
+        """See `MixerConfig.flops`: whole blocks of scores, the masked ones included; with a context, from the cache."""
+        queries, window = self.heads * self.head_dim, self.slots_limit
+        projections = 4 * tokens * width * (queries + self.kv_heads * self.head_dim)
+        if context == 0:
+            return projections + attention_flops(1, tokens, tokens, self.heads, self.head_dim, self.head_dim, window)
+        beside = tokens if window is None or tokens > 1 else 0  # a single token is in the ring before it attends
+        keys = (window or context) + beside
+        return projections + 4 * tokens * keys * queries
+
+    def cache_bytes(self, slots: int, dtype: torch.dtype) -> int:
+        """Bytes of a row's KeyValueState."""
+        return 2 * slots * self.kv_heads * self.head_dim * dtype.itemsize + torch.int64.itemsize
+
+
+class Attention(RowMixer):
+    """Causal grouped-query attention over all earlier tokens or, with a window of W, over W tokens, itself included."""
+
+    def __init__(self, config: AttentionConfig, width: int) -> None:
+        super().__init__()
+        if width < 1:
+            raise ConfigError(f"width = {width}: expected an integer of at least 1")
+        self.config = config
+        self.rotary_dim = config.rotary_dim
+        queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(width, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, width, bias=config.out_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
+
+    def mix(self, x: Tensor, sequence: Sequence, state: State | None) -> Tensor:
+        """See `RowMixer.mix`."""
+        q, k, v = self._project(x, sequence)
+        if state is None:
+            # Padding stands right of every real token, so causality alone hides it.
+            o = attention(
+                q, k, v, window=self.config.slots_limit, cu_seqlens=sequence.cu_seqlens, backend=self.config.backend
+            )
+        else:
+            assert isinstance(state, KeyValueState)
+            o = self._attend_cache(q, k, v, state, token_counts(x, sequence))
+        return self.o_proj(o.flatten(2))
+
+    def empty_cache(
+        self, slots: int, batch: int, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Zero keys and values (B, slots, kv_heads, K) and lengths (B,)."""
+        weight = self.q_proj.weight
+        device, dtype = weight.device if device is None else device, dtype or weight.dtype
+        shape = (batch, slots, self.config.kv_heads, self.config.head_dim)
+        length = torch.zeros(batch, dtype=torch.int64, device=device)
+        return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device), length
+
+    def _project(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
+        heads = (-1, self.config.head_dim)
+        q, k, v = (proj(x).unflatten(-1, heads) for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, T, H, K)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.config.rope:
+            if self.rotary_dim not in sequence.rotary:
+                known = sorted(sequence.rotary)
+                raise ValueError(f"sequence.rotary has tables for head dims {known}, attention needs {self.rotary_dim}")
+            cos, sin = sequence.rotary[self.rotary_dim]
+            q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        return q, k, v
+
+    def _attend_cache(self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState, counts: Tensor) -> Tensor:
+        window, tokens = self.config.slots_limit, q.shape[1]
+        asked = state.length[:, None] + torch.arange(tokens, device=q.device)  # (B, T) positions of the queries
+        if window is None or tokens == 1:
+            used = state.append(k, v, counts)
+            keys, values = readable(state.k[:, :used]), readable(state.v[:, :used])
+            held = state.positions()[:, :used]
+        else:
+            # The first queries of a chunk still see tokens that the chunk's last ones push out of the ring.
+            keys, values = torch.cat((state.k, k.to(state.k.dtype)), 1), torch.cat((state.v, v.to(state.v.dtype)), 1)
+            held = torch.cat((state.positions(), asked), 1)
+            state.append(k, v, counts)
+        mask = (held[:, None] >= 0) & (held[:, None] <= asked[:, :, None])  # (B, T, S)
+        if window is not None:
+            mask &= held[:, None] > asked[:, :, None] - window
+        o = attention(q, keys.to(q.dtype), values.to(q.dtype), mask=mask, backend=self.config.backend)
+        return o.to(q.dtype)
