@@ -77,8 +77,8 @@ class ParallelState(State):
             parts.setdefault(index, {})[inner] = tensor
         if len(parts) != len(self.branches):
             raise ValueError(f"state has {len(self.branches)} branches, saved state holds {sorted(saved)}")
-        for index, branch in enumerate(self.branches):
-            branch.load_state_dict(parts[str(index)])
+        for number, branch in enumerate(self.branches):
+            branch.load_state_dict(parts[str(number)])
 
     def _children(self) -> list[tuple[str, Tensor | State]]:
         return [(str(index), branch) for index, branch in enumerate(self.branches)]

@@ -14,7 +14,7 @@ from hybridvl.layers.rows import readable, token_counts
 class ShortConv(nn.Module):
     """SiLU of a causal depthwise convolution over W tokens, with the parameters of an `nn.Conv1d`.
 
-    weight: (D, 1, W). bias: (D,) or None. backend: of `causal_conv`; one that this operator does not have counts as "auto".
+    weight: (D, 1, W). bias: (D,) or None. backend: of `causal_conv`; a name it does not have counts as "auto".
     """
 
     def __init__(self, channels: int, width: int, bias: bool = False, backend: str = "auto") -> None:
