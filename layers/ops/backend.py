@@ -1,0 +1,128 @@
+"""Which implementation of an operator runs: the one place where backends are listed, checked and chosen."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hybridvl.layers.errors import ConfigError
+
+ENVIRONMENT = "HYBRIDVL_BACKEND"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of an operator by name, and why it cannot run on a device (None when it can)."""
+
+    name: str
+    unusable: Callable[[torch.device], str | None]
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """One row of `backends_report`: an operator's backend, whether and why it is usable, whether `auto` takes it."""
+
+    op: str
+    backend: str
+    usable: bool
+    reason: str
+    chosen: bool
+
+
+def _always(device: torch.device) -> str | None:
+    return None
+
+
+def _needs_fla(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"its Triton kernels need CUDA tensors, these are on {device.type!r}"
+    missing = [name for name in ("triton", "fla") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed"
+    return None
+
+
+_REFERENCE, _TORCH, _FLA = Backend("reference", _always), Backend("torch", _always), Backend("fla", _needs_fla)
+
+# In the order in which `auto` tries them; the reference comes last.
+_BACKENDS: dict[str, tuple[Backend, ...]] = {
+    "gated_delta_rule": (_FLA, _TORCH, _REFERENCE),
+    "ssd": (_TORCH, _REFERENCE),
+    "causal_conv": (_TORCH, _REFERENCE),
+    "attention": (_TORCH, _REFERENCE),
+}
+
+
+@torch.compiler.assume_constant_result
+def resolve_backend(op: str, requested: str, device: torch.device) -> str:
+    """The name of the backend that operator `op` uses for tensors on `device`.
+
+    `requested` other than "auto" decides; else the environment variable HYBRIDVL_BACKEND, either one name for every
+    operator that has it ("reference") or a list ("ssd=reference,attention=torch"); else the first usable one.
+    Raises ConfigError, saying why, when the explicit choice is unknown or unusable.
+    """
+    if requested != "auto":
+        return _explicit(op, requested, device, f"{op}: backend")
+    named = _from_environment().get(op, "auto")
+    if named != "auto":
+        return _explicit(op, named, device, f"{ENVIRONMENT}: {op}")
+    return next(backend.name for backend in _BACKENDS[op] if backend.unusable(device) is None)
+
+
+def backend_names(op: str) -> tuple[str, ...]:
+    """What the `backend` argument of operator `op` accepts."""
+    return ("auto", *sorted(backend.name for backend in _BACKENDS[op]))
+
+
+def backends_report(device: torch.device | str = "cpu") -> list[BackendChoice]:
+    """Every operator's backends as they stand for tensors on `device`."""
+    device = torch.device(device)
+    rows = []
+    for op, backends in _BACKENDS.items():
+        chosen = resolve_backend(op, "auto", device)
+        for backend in backends:
+            reason = backend.unusable(device)
+            rows.append(BackendChoice(op, backend.name, reason is None, reason or "", backend.name == chosen))
+    return rows
+
+
+def _explicit(op: str, name: str, device: torch.device, place: str) -> str:
+    known = {backend.name: backend for backend in _BACKENDS[op]}
+    if name not in known:
+        raise ConfigError(f"{place} {name!r} is unknown; accepted: auto, {', '.join(sorted(known))}")
+    reason = known[name].unusable(device)
+    if reason is not None:
+        raise ConfigError(f"{place} {name!r} cannot be used: {reason}")
+    return name
+
+
+def _from_environment() -> dict[str, str]:
+    text = os.environ.get(ENVIRONMENT, "").strip()
+    if not text:
+        return {}
+    if "=" not in text:
+        return _everywhere(text)
+    choices: dict[str, str] = {}
+    for item in text.split(","):
+        op, separator, name = (part.strip() for part in item.partition("="))
+        if not separator or op not in _BACKENDS or not name:
+            raise ConfigError(
+                f"{ENVIRONMENT}={text!r}: {item.strip()!r} is not OPERATOR=BACKEND; operators: {', '.join(_BACKENDS)}"
+            )
+        choices[op] = name
+    return choices
+
+
+def _everywhere(name: str) -> dict[str, str]:
+    """One name for all operators; those that do not have it choose for themselves."""
+    choices = {op: name for op, backends in _BACKENDS.items() if name in {backend.name for backend in backends}}
+    if not choices and name != "auto":
+        known = sorted({backend.name for backends in _BACKENDS.values() for backend in backends})
+        raise ConfigError(
+            f"{ENVIRONMENT}={name!r} is unknown; accepted: auto, {', '.join(known)}, or OPERATOR=BACKEND,..."
+        )
+    return choices

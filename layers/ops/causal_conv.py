@@ -1,0 +1,108 @@
+"""Short causal depthwise convolution along time, with its carried state."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridvl.layers.errors import ConfigError
+from hybridvl.layers.ops.backend import resolve_backend
+from hybridvl.layers.ops.checks import check_floating, check_segments, check_shape, full_precision, internal_dtype
+from hybridvl.layers.ops.packing import map_segments
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    activation: str | None = "silu",
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """y[t] = act(bias + sum_w weight[:, w] * x[t - W + 1 + w]) for each channel.
+
+    x: (B, T, D). weight: (D, W), the last column meets the newest input. bias: (D,).
+    initial_state: (N, D, W), the last W inputs before x, oldest first (its oldest column is never read); zeros if None.
+    activation: "silu" or None. cu_seqlens: (N + 1,) boundaries of the segments packed into one row (B = 1).
+    Returns y (B, T, D) and the final state (N, D, W), N = B when not packed, both in x's dtype: the state only copies
+    inputs. Sums are taken in float32 (float64 for float64 input). Raises ConfigError naming a misshapen argument.
+    """
+    _check(x, weight, bias, initial_state, activation, cu_seqlens)
+    chosen = resolve_backend("causal_conv", backend, x.device)
+    run = _reference if chosen == "reference" else _torch
+
+    def segments(tokens: list[Tensor], state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        (rows,) = tokens
+        state = rows.new_zeros(rows.shape[0], *weight.shape) if state is None else state.to(rows.dtype)
+        inputs = torch.cat([state.transpose(1, 2), rows], dim=1)  # (N, W + T, D)
+        with full_precision(x.device):
+            y = run(inputs[:, 1:], weight, bias, activation)
+        return y.to(x.dtype), _last_inputs(inputs, weight.shape[1], lengths)
+
+    if cu_seqlens is None:
+        return segments([x], initial_state, None)
+    y, final = map_segments(segments, [x], initial_state, cu_seqlens)
+    assert final is not None
+    return y, final
+
+
+def _reference(inputs: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """The definition, token by token: inputs (B, W - 1 + T, D) -> (B, T, D)."""
+    dtype = internal_dtype(inputs, weight)
+    inputs, weight = inputs.to(dtype), weight.to(dtype)
+    width = weight.shape[1]
+    outputs = []
+    for t in range(inputs.shape[1] - width + 1):
+        y = (inputs[:, t : t + width] * weight.T).sum(1)  # (B, D)
+        outputs.append(y if bias is None else y + bias.to(dtype))
+    y = torch.stack(outputs, dim=1) if outputs else inputs[:, :0]
+    return F.silu(y) if activation == "silu" else y
+
+
+def _torch(inputs: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """W shifted products over whole sequences: no transposition, unlike `conv1d`."""
+    dtype = internal_dtype(inputs, weight)
+    inputs, weight = inputs.to(dtype), weight.to(dtype)
+    width = weight.shape[1]
+    tokens = inputs.shape[1] - width + 1
+    y = inputs[:, :tokens] * weight[:, 0]
+    if bias is not None:
+        y = y + bias.to(dtype)
+    for w in range(1, width):
+        y = torch.addcmul(y, inputs[:, w : w + tokens], weight[:, w])
+    return F.silu(y) if activation == "silu" else y
+
+
+def _last_inputs(inputs: Tensor, width: int, lengths: Tensor | None) -> Tensor:
+    """(N, W + T, D), of which W + length are real -> the last W real ones, (N, D, W)."""
+    if lengths is None:
+        return inputs[:, inputs.shape[1] - width :].transpose(1, 2).contiguous()
+    index = lengths[:, None] + torch.arange(width, device=inputs.device)  # (N, W)
+    return inputs.gather(1, index[..., None].expand(-1, -1, inputs.shape[2])).transpose(1, 2).contiguous()
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    activation: str | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    op = "causal_conv"
+    check_floating(op, x=x, weight=weight, bias=bias, initial_state=initial_state)
+    check_shape(op, "x", x, "(B, T, D)", (None, None, None))
+    batch, tokens, width = x.shape
+    check_shape(op, "weight", weight, "(D, W)", (width, None))
+    if weight.shape[1] < 1:
+        raise ConfigError(f"{op}: weight has width 0, expected at least 1")
+    if bias is not None:
+        check_shape(op, "bias", bias, "(D,)", (width,))
+    check_segments(op, cu_seqlens, batch, tokens)
+    if initial_state is not None:
+        rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+        check_shape(op, "initial_state", initial_state, "(N, D, W)", (rows, width, weight.shape[1]))
+    if activation not in ("silu", None):
+        raise ConfigError(f"{op}: activation is {activation!r}, expected 'silu' or None")
