@@ -1,0 +1,34 @@
+"""Data: tasks, the chat format, images as patches, and the data module that batches them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hybridvl.data.chat import ChatFormat as ChatFormat
+    from hybridvl.data.digits import DigitPages as DigitPages
+    from hybridvl.data.images import ImageConfig as ImageConfig
+    from hybridvl.data.images import ImageProcessor as ImageProcessor
+    from hybridvl.data.module import ChatDataModule as ChatDataModule
+    from hybridvl.data.task import Task as Task
+    from hybridvl.data.tokens import load_tokenizer as load_tokenizer
+
+_HOMES = {
+    "ChatDataModule": "module",
+    "ChatFormat": "chat",
+    "DigitPages": "digits",
+    "ImageConfig": "images",
+    "ImageProcessor": "images",
+    "Task": "task",
+    "load_tokenizer": "tokens",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    # Lightning and transformers take seconds to import, so each name is imported when it is first used.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,199 @@
+"""The chat format: messages become token ids, with labels on the answers only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from hybridvl.data.tokens import SPECIAL_TOKENS
+from hybridvl.layers.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+IGNORED = -100
+"""Label of a token that is not part of an answer."""
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+ROLES = ("system", "user", "assistant")
+
+Message = Mapping[str, Any]
+"""{"role": str, "content": str | [{"type": "text", "text": str} | {"type": "image", "image": ...}]}."""
+
+
+@dataclass(frozen=True)
+class EncodedChat:
+    """Token ids of one conversation.
+
+    Attributes:
+        input_ids: T token ids.
+        labels: T targets: the token itself inside an answer (its closing <|im_end|> too), else IGNORED.
+        answers: (start, end) of every answer in input_ids.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    answers: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Either a run of text, or one token of the format by name; `answer` when it is to be predicted."""
+
+    text: str = ""
+    token: str = ""
+    answer: bool = False
+
+
+class ChatFormat:
+    """ChatML as Qwen2.5-VL and InfiniteVL use it, for one tokenizer.
+
+    Tokens of the format come from the structure of the messages alone: text that spells `<|im_end|>` is encoded as
+    plain text and cannot close a turn. An answer is encoded apart from its prompt, exactly as it is generated.
+
+    Args:
+        tokenizer: a fast tokenizer with the tokens of the format.
+        system: the system turn added to messages that have none; None adds no turn.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, system: str | None = DEFAULT_SYSTEM) -> None:
+        from tokenizers import Tokenizer
+
+        self.tokenizer = tokenizer
+        self.system = system
+        plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        plain.encode_special_tokens = True
+        self._plain = plain
+        self._encode_text = lru_cache(maxsize=8192)(self._encode_uncached)
+        ids = tokenizer.get_vocab()
+        self._ids = {name: ids[name] for name in SPECIAL_TOKENS}
+
+    def __reduce__(self) -> tuple[type[ChatFormat], tuple[PreTrainedTokenizerFast, str | None]]:
+        # The cache of encoded text cannot be pickled for a worker process, and need not be.
+        return ChatFormat, (self.tokenizer, self.system)
+
+    @property
+    def image_token_id(self) -> int:
+        """The token that stands for one merged vision token."""
+        return self._ids["<|image_pad|>"]
+
+    @property
+    def video_token_id(self) -> int:
+        """The token that stands for one merged vision token of a video."""
+        return self._ids["<|video_pad|>"]
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token that fills rows up to the longest; its positions are masked."""
+        pad = self.tokenizer.pad_token_id
+        return pad if isinstance(pad, int) else self._ids["<|endoftext|>"]
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        image_tokens: Sequence[int] = (),
+        *,
+        place: str = "messages",
+        generation_prompt: bool = False,
+    ) -> EncodedChat:
+        """Token ids and labels of a conversation.
+
+        Args:
+            messages: the turns, oldest first.
+            image_tokens: merged vision tokens of each image, in the order in which the images occur.
+            place: what an error message calls this conversation.
+            generation_prompt: end with an opened assistant turn, for a model to continue.
+
+        Raises:
+            ConfigError: malformed messages, or another number of images than `image_tokens` has.
+        """
+        ids: list[int] = []
+        labels: list[int] = []
+        answers: list[tuple[int, int]] = []
+        sizes = iter(image_tokens)
+        images = 0
+        for piece in self._pieces(messages, place, generation_prompt):
+            if piece.token == "<|image_pad|>":
+                images += 1
+                added = [self._ids[piece.token]] * next(sizes, 0)
+            else:
+                added = [self._ids[piece.token]] if piece.token else self._encode_text(piece.text)
+            if piece.answer:
+                if labels and labels[-1] != IGNORED:
+                    answers[-1] = (answers[-1][0], len(ids) + len(added))
+                else:
+                    answers.append((len(ids), len(ids) + len(added)))
+            ids += added
+            labels += added if piece.answer else [IGNORED] * len(added)
+        if images != len(image_tokens):
+            raise ConfigError(f"{place}: the messages show {images} images, but {len(image_tokens)} are given")
+        return EncodedChat(ids, labels, answers)
+
+    def render(
+        self, messages: Sequence[Message], image_tokens: Sequence[int] | None = None, *, generation_prompt: bool = False
+    ) -> str:
+        """The conversation as text; every image placeholder once, or as often as `image_tokens` says."""
+        sizes = iter(image_tokens or ())
+        parts = []
+        for piece in self._pieces(messages, "messages", generation_prompt):
+            repeats = next(sizes, 1) if piece.token == "<|image_pad|>" else 1
+            parts.append((piece.token or piece.text) * repeats)
+        return "".join(parts)
+
+    def _encode_uncached(self, text: str) -> list[int]:
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def _pieces(self, messages: Sequence[Message], place: str, generation_prompt: bool) -> Iterator[_Piece]:
+        if not messages:
+            raise ConfigError(f"{place}: no messages; expected at least one turn")
+        if self.system is not None and messages[0].get("role") != "system":
+            yield from _turn({"role": "system", "content": self.system}, place)
+        for index, message in enumerate(messages):
+            yield from _turn(message, f"{place}[{index}]")
+        if generation_prompt:
+            yield _Piece(token="<|im_start|>")
+            yield _Piece("assistant\n")
+
+
+def _turn(message: Message, place: str) -> Iterator[_Piece]:
+    role = message.get("role")
+    if role not in ROLES:
+        raise ConfigError(f"{place}.role: {role!r}; expected one of {', '.join(ROLES)}")
+    answer = role == "assistant"
+    yield _Piece(token="<|im_start|>")
+    yield _Piece(f"{role}\n")
+    for part in content_parts(message.get("content"), place):
+        if part["type"] == "text":
+            if part["text"]:
+                yield _Piece(part["text"], answer=answer)
+        elif answer:
+            raise ConfigError(f"{place}: an image in an assistant turn; expected images in user turns only")
+        else:
+            yield _Piece(token="<|vision_start|>")
+            yield _Piece(token="<|image_pad|>")
+            yield _Piece(token="<|vision_end|>")
+    yield _Piece(token="<|im_end|>", answer=answer)
+    yield _Piece("\n")
+
+
+def content_parts(content: object, place: str) -> list[dict[str, Any]]:
+    """A message's content as a list of text and image parts; ConfigError when it is neither text nor such a list."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, Sequence):
+        raise ConfigError(f"{place}.content: {type(content).__name__}; expected text or a list of parts")
+    parts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            parts.append({"type": "text", "text": part["text"]})
+        elif kind == "image":
+            parts.append({"type": "image", "image": part.get("image")})
+        else:
+            raise ConfigError(
+                f"{place}.content[{index}]: {part!r:.80}; expected "
+                '{"type": "text", "text": ...} or {"type": "image", "image": ...}'
+            )
+    return parts

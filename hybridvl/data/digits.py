@@ -1,0 +1,182 @@
+"""The digits task: pages composed of scikit-learn's scanned digits, with questions about what stands on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from hybridvl.data.scans import render_page
+from hybridvl.data.task import SPLITS, Sample, Source, Split, Task, require_split
+from hybridvl.layers.errors import ConfigError
+
+TEST_SCANS = 300
+VAL_SCANS = 200
+
+DEFAULT_KINDS = {"line": 4.0, "cell": 2.0, "count": 1.0, "page": 2.0}
+"""Question kinds and how often each is asked."""
+
+_SPLIT_SEED = 1797
+
+
+@cache
+def scan_splits() -> dict[Split, NDArray[np.int64]]:
+    """The numbers of the scans of each split, which no two splits share; the same whatever the task's seed."""
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(scans()[1]))
+    test, val, train = np.split(order, [TEST_SCANS, TEST_SCANS + VAL_SCANS])
+    return {"train": train, "val": val, "test": test}
+
+
+@cache
+def scans() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """All 1,797 scans (N, 8, 8) with ink from 0 to 1, and their labels (N,)."""
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    return (pixels.reshape(-1, 8, 8) / 16).astype(np.float32), labels.astype(np.int64)
+
+
+class DigitPages(Task):
+    """Pages of scanned digits in lines and columns, each with questions and answers.
+
+    A page is determined by (seed, split, epoch, number): training pages never repeat, validation and test pages are
+    always the same. Test scans never appear on training or validation pages.
+
+    Args:
+        rows: fewest and most lines on a page.
+        columns: fewest and most digits in a line.
+        cell: pixels per side of a digit's cell.
+        turns: questions asked about one training page, in one conversation.
+        eval_turns: the same for validation and test pages.
+        kinds: question kinds and their weights: "line" ("What is on line 2?"), "cell" ("Which digit is at row 3,
+            column 1?"), "count" ("How many 7s?"), "page" ("Read the page.").
+        separator: what stands between the digits of a line in an answer.
+        augment: strength of the distortion of training digits; 0 turns it off, 1 is as strong as it stays legible.
+        train_pages: training pages in an epoch.
+        val_pages: validation pages.
+        test_pages: test pages.
+    """
+
+    def __init__(
+        self,
+        rows: tuple[int, int] = (2, 4),
+        columns: tuple[int, int] = (2, 5),
+        cell: int = 16,
+        turns: int = 6,
+        eval_turns: int = 1,
+        kinds: dict[str, float] | None = None,
+        separator: str = " ",
+        augment: float = 1.0,
+        train_pages: int = 16_000,
+        val_pages: int = 256,
+        test_pages: int = 1_000,
+    ) -> None:
+        self.rows = _span("rows", rows)
+        self.columns = _span("columns", columns)
+        self.kinds = _weights(DEFAULT_KINDS if kinds is None else kinds)
+        sizes = {"cell": cell, "turns": turns, "eval_turns": eval_turns}
+        self.pages = {"train": train_pages, "val": val_pages, "test": test_pages}
+        for name, value in {**sizes, **{f"{split}_pages": count for split, count in self.pages.items()}}.items():
+            if value < 1:
+                raise ConfigError(f"data.task.{name}: {value}; expected at least 1")
+        if not 0 <= augment <= 2:
+            raise ConfigError(f"data.task.augment: {augment}; expected a number from 0 to 2")
+        self.cell = cell
+        self.turns = turns
+        self.eval_turns = eval_turns
+        self.separator = separator
+        self.augment = augment
+
+    def source(self, split: Split, seed: int) -> DigitSource:
+        """The pages of a split."""
+        require_split(split)
+        return DigitSource(self, split, seed)
+
+
+class DigitSource(Source):
+    """The pages of one split of a `DigitPages` task."""
+
+    def __init__(self, task: DigitPages, split: Split, seed: int) -> None:
+        self.task = task
+        self.split = split
+        self.seed = seed
+        self.training = split == "train"
+
+    def __len__(self) -> int:
+        return self.task.pages[self.split]
+
+    def sample(self, index: int, epoch: int) -> Sample:
+        """Page `index` with its questions; evaluation pages are the same in every epoch."""
+        rng = self._rng(index, epoch)
+        numbers = self._scan_numbers(rng)
+        page = render_page(scans()[0], numbers, self.task.cell, self.task.augment if self.training else 0.0, rng)
+        labels = scans()[1][numbers]
+        messages = []
+        kinds = []
+        turns = self.task.turns if self.training else self.task.eval_turns
+        for number, (kind, question, answer) in enumerate(self._questions(labels, turns, rng)):
+            text = {"type": "text", "text": question}
+            picture = [{"type": "image", "image": Image.fromarray(page)}] if number == 0 else []
+            messages += [{"role": "user", "content": [*picture, text]}, {"role": "assistant", "content": answer}]
+            kinds.append(kind)
+        return {"messages": messages, "kinds": kinds}
+
+    def scan_numbers(self, index: int, epoch: int = 0) -> NDArray[np.int64]:
+        """Which scans stand on a page, (lines, columns)."""
+        return self._scan_numbers(self._rng(index, epoch))
+
+    def _rng(self, index: int, epoch: int) -> np.random.Generator:
+        key = [self.seed, SPLITS.index(self.split), epoch if self.training else 0, index]
+        return np.random.Generator(np.random.SFC64(np.random.SeedSequence(key)))
+
+    def _scan_numbers(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        lines = rng.integers(self.task.rows[0], self.task.rows[1] + 1)
+        columns = rng.integers(self.task.columns[0], self.task.columns[1] + 1)
+        return rng.choice(scan_splits()[self.split], size=(lines, columns))
+
+    def _questions(self, labels: NDArray[np.int64], turns: int, rng: np.random.Generator) -> list[tuple[str, str, str]]:
+        """Different questions (kind, question, answer); fewer than `turns` when the page has no more."""
+        names = list(self.task.kinds)
+        weights = np.cumsum(list(self.task.kinds.values()))
+        asked: dict[str, tuple[str, str, str]] = {}
+        for draw in rng.random((4 * turns, 3)):
+            kind = names[int(np.searchsorted(weights, draw[0] * weights[-1], side="right"))]
+            question, answer = _ask(kind, labels, draw[1], draw[2], self.task.separator)
+            asked.setdefault(question, (kind, question, answer))
+            if len(asked) == turns:
+                break
+        return list(asked.values())
+
+
+def _ask(kind: str, labels: NDArray[np.int64], u: float, v: float, separator: str) -> tuple[str, str]:
+    """A question of a kind and its answer; u and v in [0, 1) choose what is asked about."""
+    rows, columns = labels.shape
+    row, column = int(u * rows), int(v * columns)
+    if kind == "line":
+        return f"What is on line {row + 1}?", separator.join(map(str, labels[row]))
+    if kind == "cell":
+        return f"Which digit is at row {row + 1}, column {column + 1}?", str(labels[row, column])
+    if kind == "count":
+        # Mostly a digit that is on the page; any digit otherwise, so that the answer may be 0.
+        digit = labels[row, column] if u * rows % 1 < 0.7 else int(v * columns % 1 * 10)
+        return f"How many {digit}s?", str((labels == digit).sum())
+    return "Read the page.", "\n".join(separator.join(map(str, line)) for line in labels)
+
+
+def _span(name: str, span: tuple[int, int]) -> tuple[int, int]:
+    low, high = span
+    if not 1 <= low <= high <= 99:
+        raise ConfigError(f"data.task.{name}: {list(span)}; expected two numbers, 1 <= fewest <= most <= 99")
+    return low, high
+
+
+def _weights(kinds: Mapping[str, float]) -> dict[str, float]:
+    unknown = sorted(set(kinds) - set(DEFAULT_KINDS))
+    if unknown:
+        raise ConfigError(f"data.task.kinds: {', '.join(unknown)}; known are {', '.join(DEFAULT_KINDS)}")
+    if any(weight < 0 for weight in kinds.values()) or not sum(kinds.values()) > 0:
+        raise ConfigError(f"data.task.kinds: {dict(kinds)}; expected weights of at least 0, one of them above 0")
+    return {kind: weight for kind, weight in kinds.items() if weight > 0}

@@ -1,0 +1,177 @@
+"""Images at their native resolution: opened, resized to whole merged patches, normalised and cut into rows of patches."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from hybridvl.layers.errors import ConfigError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+MAX_ASPECT_RATIO = 200
+
+ImageSource = Image.Image | NDArray[np.uint8] | str | Path | bytes
+"""What a sample may hold as an image: PIL, uint8 (H, W) or (H, W, C), a file, or an encoded file's bytes."""
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How images become rows of patches; the patch sizes must be the vision tower's.
+
+    Attributes:
+        patch_size: pixels per patch side.
+        temporal_patch_size: frames per patch; a still image is its frame repeated.
+        merge_size: patches per side that become one token.
+        min_pixels: smaller images are enlarged to this area; None is 4 merged patches (3,136 at 14 x 2).
+        max_pixels: larger images are reduced to this area; None is 16,384 merged patches (12,845,056 at 14 x 2).
+        mean: subtracted from each channel after scaling to 0..1; one entry makes images greyscale, three RGB.
+        std: what each channel is then divided by.
+    """
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+        for name in ("patch_size", "temporal_patch_size", "merge_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"images.{name}: {getattr(self, name)}; expected at least 1")
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or min(self.std) <= 0:
+            raise ConfigError(
+                f"images.mean and images.std: {list(self.mean)} and {list(self.std)}; "
+                "expected one number each (greyscale) or three (RGB), std above 0"
+            )
+        low, high = self.pixel_limits
+        if not 0 < low <= high:
+            raise ConfigError(f"images.min_pixels and images.max_pixels: {low} and {high}; expected 0 < min <= max")
+
+    @property
+    def channels(self) -> int:
+        """Colour channels: 1 or 3."""
+        return len(self.mean)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per side of one merged token; image sides become multiples of it."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def pixel_limits(self) -> tuple[int, int]:
+        """Smallest and largest area of an image in pixels."""
+        low = 4 * self.factor**2 if self.min_pixels is None else self.min_pixels
+        high = 16384 * self.factor**2 if self.max_pixels is None else self.max_pixels
+        return low, high
+
+
+class ImageProcessor:
+    """Turns images into what the vision tower takes, with the numbers of Qwen2-VL's image processor."""
+
+    def __init__(self, config: ImageConfig) -> None:
+        self.config = config
+
+    def __call__(self, source: ImageSource, place: str = "image") -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """One image: rows (P, channels * temporal_patch * patch * patch) float32 and its grid (1, rows, columns).
+
+        Raises:
+            ConfigError: the image cannot be read, or its sides differ more than 200 times.
+        """
+        image = open_image(source, place).convert("RGB" if self.config.channels == 3 else "L")
+        low, high = self.config.pixel_limits
+        height, width = smart_resize(image.height, image.width, self.config.factor, low, high, place)
+        if (height, width) != (image.height, image.width):
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image).reshape(1, height, width, self.config.channels)
+        return self.patches(pixels)
+
+    def patches(self, frames: NDArray[np.uint8]) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """Frames (F, H, W, C) uint8, sides multiples of the factor: rows of patches and the grid (t, h, w).
+
+        Rows run over (t, h / merge, w / merge, merge, merge), columns over (channel, frame, y, x). The last frame is
+        repeated up to a multiple of the temporal patch size.
+        """
+        config = self.config
+        missing = -len(frames) % config.temporal_patch_size
+        if missing:
+            frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
+        count, height, width, channels = frames.shape
+        grid = (count // config.temporal_patch_size, height // config.patch_size, width // config.patch_size)
+        normalised = self._table[frames, np.arange(channels)]  # (F, H, W, C)
+        cut = normalised.reshape(
+            (grid[0], config.temporal_patch_size)
+            + (grid[1] // config.merge_size, config.merge_size, config.patch_size)
+            + (grid[2] // config.merge_size, config.merge_size, config.patch_size)
+            + (channels,)
+        )
+        rows = cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(math.prod(grid), -1)
+        return torch.from_numpy(np.ascontiguousarray(rows)), grid
+
+    @cached_property
+    def _table(self) -> NDArray[np.float32]:
+        # Every pixel is one of 256 values, so that normalising is a look-up. (256, C)
+        values = np.arange(256, dtype=np.float64)[:, None] / 255
+        return ((values - np.array(self.config.mean)) / np.array(self.config.std)).astype(np.float32)
+
+
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: int, max_pixels: int, place: str = "image"
+) -> tuple[int, int]:
+    """The nearest (height, width) that are multiples of `factor`, keep the shape and lie within the area's limits.
+
+    The rule of Qwen2-VL's image processor. Raises ConfigError when one side is over 200 times the other.
+    """
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ConfigError(
+            f"{place}: {width}x{height} pixels; expected sides that differ less than {MAX_ASPECT_RATIO} times"
+        )
+    new_height = max(factor, round(height / factor) * factor)
+    new_width = max(factor, round(width / factor) * factor)
+    if new_height * new_width > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        new_height = max(factor, math.floor(height / scale / factor) * factor)
+        new_width = max(factor, math.floor(width / scale / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * scale / factor) * factor
+        new_width = math.ceil(width * scale / factor) * factor
+    return new_height, new_width
+
+
+def open_image(source: Any, place: str = "image") -> Image.Image:
+    """A loaded PIL image from what a sample may hold.
+
+    Raises:
+        ConfigError: naming the file, when it is missing, truncated or not an image.
+    """
+    if isinstance(source, Image.Image):
+        opened, name = source, getattr(source, "filename", "") or "in memory"
+    elif isinstance(source, np.ndarray):
+        return Image.fromarray(source)
+    elif isinstance(source, str | Path):
+        opened, name = source, str(source)
+    elif isinstance(source, bytes):
+        opened, name = io.BytesIO(source), f"of {len(source)} bytes"
+    else:
+        raise ConfigError(f"{place}: {type(source).__name__}; expected a PIL image, an array, a file or its bytes")
+    try:
+        image = opened if isinstance(opened, Image.Image) else Image.open(opened)
+        image.load()
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ConfigError(f"{place}: image {name} cannot be read: {error}") from error
+    return image

@@ -1,0 +1,61 @@
+"""What a task is: named splits, each of which gives samples by number."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any, Literal, TypedDict
+
+from hybridvl.layers.errors import ConfigError
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+class Sample(TypedDict, total=False):
+    """One conversation: its messages and, where accuracies are to be sliced, the kind of each answer."""
+
+    messages: list[dict[str, Any]]
+    kinds: list[str]
+
+
+class Source(ABC):
+    """The samples of one split, by number."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Samples in one epoch."""
+
+    @abstractmethod
+    def sample(self, index: int, epoch: int) -> Sample:
+        """Sample `index` of an epoch; the same arguments give the same sample in every process."""
+
+
+class StreamSource(ABC):
+    """The samples of one split in the order in which they are read, without random access."""
+
+    @abstractmethod
+    def rows(self, epoch: int, state: dict[str, Any] | None) -> Iterator[Any]:
+        """The raw rows of one epoch, from its beginning or from where `state` was taken."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iterator that `rows` returned last stands now."""
+
+    @abstractmethod
+    def decode(self, row: Any) -> Sample:
+        """The sample of one raw row; called in a worker process."""
+
+
+class Task(ABC):
+    """Where samples come from; in YAML `data.task` with `class_path` and `init_args`."""
+
+    @abstractmethod
+    def source(self, split: Split, seed: int) -> Source | StreamSource:
+        """The samples of a split; raises ConfigError when there are none."""
+
+
+def require_split(split: str) -> None:
+    """Raise ConfigError unless `split` is one of train, val and test."""
+    if split not in SPLITS:
+        raise ConfigError(f"split {split!r}; expected one of {', '.join(SPLITS)}")
