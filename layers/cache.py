@@ -40,22 +40,10 @@ class KeyValueState(State):
         offsets = torch.arange(newest, device=k.device)
         source = (counts[:, None] - newest).clamp(min=0) + offsets  # (B, newest), in the new tokens
         slot = (self.length[:, None] + source) % self.slots  # no slot twice in a row, as newest <= S
-        stored = source < counts[:, None]
+        stored = (source < counts[:, None])[..., None, None]
+        row = torch.arange(k.shape[0], device=k.device)[:, None]
         for buffer, new in ((self.k, k), (self.v, v)):
-            chosen = _select(new.to(buffer.dtype), source)
             # Padding writes back what its slot holds: shapes stay independent of the data.
-            _write(buffer, slot, torch.where(stored[..., None, None], chosen, _select(buffer, slot)))
+            buffer[row, slot] = torch.where(stored, new[row, source].to(buffer.dtype), buffer[row, slot])
         self.length += counts
         return self.slots
-
-
-def _index(buffer: Tensor, index: Tensor) -> Tensor:
-    return index[..., None, None].expand(-1, -1, *buffer.shape[2:])
-
-
-def _select(buffer: Tensor, index: Tensor) -> Tensor:
-    return buffer.gather(1, _index(buffer, index))
-
-
-def _write(buffer: Tensor, index: Tensor, values: Tensor) -> None:
-    buffer.scatter_(1, _index(buffer, index), values)
