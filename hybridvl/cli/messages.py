@@ -1,0 +1,82 @@
+"""What jsonargparse reports, in one sentence that begins with the mistake and suggests the nearest known key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from jsonargparse import ArgumentParser
+
+_UNKNOWN = (
+    re.compile(r"[Uu]nrecognized arguments: --(?P<key>[\w.]+)"),
+    re.compile(r"does not accept (?:option|nested key) '(?P<key>[\w.]+)'"),
+    re.compile(r"Option '(?P<key>[\w.]+)' is not accepted"),
+    re.compile(r"[Kk]ey '(?P<key>[\w.]+)' is not expected"),
+)
+_TYPED = re.compile(r'Parser key "(?P<key>[\w.]+)": (?P<reason>.*)')
+
+
+def explain(message: str, parser: ArgumentParser, files: Iterable[Path] = ()) -> str:
+    """The message on one line, an unknown key with its whole path and the nearest known one.
+
+    files: the recipes that were read, to find where a key stands when the message does not say.
+    """
+    text = " ".join(message.split())
+    for pattern in _UNKNOWN:
+        match = pattern.search(text)
+        if match:
+            return _unknown(match["key"], known_keys(parser), files)
+    match = _TYPED.search(text)
+    return f"{match['key']}: {match['reason']}" if match else text
+
+
+def known_keys(parser: ArgumentParser) -> set[str]:
+    """Every key of the parser, the fields of optional dataclasses and of the subcommand's parser included."""
+    keys: set[str] = set()
+    for action in parser._actions:
+        for sub in (getattr(action, "choices", None) or {}).values() if action.dest == "subcommand" else ():
+            keys |= known_keys(sub)
+        keys.add(action.dest)
+        for field in _fields(getattr(action, "_typehint", None)):
+            keys.add(f"{action.dest}.{field}")
+    return keys
+
+
+def _unknown(key: str, known: set[str], files: Iterable[Path]) -> str:
+    if "." not in key:
+        # The message names only the last part; the recipe knows where it stands.
+        paths = [path for file in files for path in _paths(_read(file), "") if path.rpartition(".")[2] == key]
+        key = next((path for path in paths if path not in known), key)
+    parent, _, leaf = key.rpartition(".")
+    siblings = {path.rpartition(".")[2]: path for path in known if path.rpartition(".")[0] == parent}
+    near = difflib.get_close_matches(leaf, siblings, n=1)
+    if near:
+        return f"{key}: unknown key, did you mean {siblings[near[0]]!r}?"
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f", did you mean {near[0]!r}?" if near else f"; known here are {', '.join(sorted(siblings))}"
+    return f"{key}: unknown key{hint}"
+
+
+def _fields(hint: Any) -> Iterator[str]:
+    for kind in (hint, *get_args(hint)):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield from (field.name for field in dataclasses.fields(kind))
+
+
+def _read(file: Path) -> Any:
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return None
+
+
+def _paths(content: Any, prefix: str) -> Iterator[str]:
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            yield f"{prefix}{key}"
+            yield from _paths(value, f"{prefix}{key}.")

@@ -1,0 +1,204 @@
+"""`hybridvl fit|validate|test|predict`: Lightning's command line with our run folder, errors and defaults."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf.errors import OmegaConfBaseException
+
+from hybridvl.cli.messages import explain
+from hybridvl.data.module import ChatDataModule
+from hybridvl.layers.errors import ConfigError
+from hybridvl.training.callbacks.checkpoints import BEST, LAST, Checkpoints
+from hybridvl.training.callbacks.exact_resume import ExactResume
+from hybridvl.training.callbacks.examples import ExampleImages
+from hybridvl.training.callbacks.export import ExportModel
+from hybridvl.training.callbacks.hparams import HParams
+from hybridvl.training.callbacks.memory import MemoryMonitor
+from hybridvl.training.callbacks.predictions import PredictionWriter
+from hybridvl.training.callbacks.run_summary import RunSummary
+from hybridvl.training.callbacks.state_norms import StateNorms
+from hybridvl.training.callbacks.throughput import Throughput
+from hybridvl.training.checkpoint_io import AtomicCheckpointIO
+from hybridvl.training.supervised import SupervisedTuning
+
+DESCRIPTIONS = {
+    "fit": "Train a model from a recipe, test it, and leave a run folder: hybridvl fit --config recipes/digits.yaml",
+    "validate": "Teacher-forced accuracy of a checkpoint: hybridvl validate --config RUN/config.yaml --ckpt_path last",
+    "test": "Score generated replies of a checkpoint: hybridvl test --config RUN/config.yaml --ckpt_path last",
+    "predict": "Write replies to RUN/predictions.jsonl: hybridvl predict --config RUN/config.yaml --ckpt_path last",
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run is kept: ROOT/NAME/VERSION.
+
+    Attributes:
+        name: name of the experiment.
+        root: folder of all runs.
+        version: folder of this run; null numbers them (version_0, version_1, ...).
+        test: whether a fit ends with the test.
+    """
+
+    name: str = "run"
+    root: str = "runs"
+    version: str | None = None
+    test: bool = True
+
+    @property
+    def folder(self) -> Path:
+        """The folder of all versions."""
+        return Path(self.root) / self.name
+
+
+class _Parser(LightningArgumentParser):
+    """A parser whose error output begins with the mistake."""
+
+    recipes: ClassVar[list[Path]] = []  # files given with --config, to say where a key stands
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Print one explanation and exit with status 2."""
+        print(f"error: {explain(message, self, self.recipes)}", file=sys.stderr)
+        self.exit(2)
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Writes the resolved config.yaml of a fit; other commands leave a run's own file alone."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Write it."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
+
+
+class TrainingCLI(LightningCLI):
+    """Builds the trainer, the model and the data from a recipe and runs one command.
+
+    Args:
+        command: fit, validate, test or predict.
+        arguments: what the user wrote after it.
+    """
+
+    def __init__(self, command: str, arguments: Sequence[str]) -> None:
+        self._command = command
+        _Parser.recipes = _config_files(arguments)
+        set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+        super().__init__(
+            SupervisedTuning,
+            ChatDataModule,
+            save_config_callback=_SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={
+                "prog": "hybridvl",
+                "parser_mode": "omegaconf+",
+                command: {"parser_mode": "omegaconf+", "description": DESCRIPTIONS[command]},
+            },
+            parser_class=_Parser,
+            args=[command, *arguments],
+            auto_configure_optimizers=False,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Only the command that runs: building the parser of one takes seconds."""
+        return {self._command: LightningCLI.subcommands()[self._command]}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The run folder, and the callbacks that have settings."""
+        parser.add_argument("--run", type=RunConfig, default=RunConfig())
+        parser.add_lightning_class_args(Checkpoints, "checkpoints")
+        parser.add_lightning_class_args(ExampleImages, "examples")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what the user wrote."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would take the model's configuration from the checkpoint, silently in place of the recipe's. We
+        # keep the recipe, and refuse a checkpoint of another model.
+        section = self.config[self._command]
+        run: RunConfig = RunConfig(**section.run.as_dict())
+        path = section.get("ckpt_path")
+        if path in ("last", "best"):
+            found = _newest(run, LAST if path == "last" else BEST)
+            section.ckpt_path = str(found)
+            section.run.version = found.parent.parent.name
+        elif path is not None and not Path(path).is_file():
+            raise ConfigError(f"ckpt_path: {path}: no such file")
+        elif path is None and self._command != "fit":
+            raise ConfigError(f"ckpt_path: {self._command} needs a checkpoint: a file, 'last' or 'best'")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with our logger, callbacks and atomic checkpoint files."""
+        run: RunConfig = self._get(self.config_init, "run")
+        settings = self._get(self.config_init, "trainer")
+        logger = settings.get("logger")
+        if logger in (None, True):
+            kwargs["logger"] = TensorBoardLogger(run.root, run.name, run.version, default_hp_metric=False)
+        plugins = settings.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        bar = settings.get("enable_progress_bar")
+        self.trainer_defaults["callbacks"] = self._callbacks(progress_bar=bar is not False, logged=logger is not False)
+        return super().instantiate_trainer(**kwargs)
+
+    def _callbacks(self, progress_bar: bool, logged: bool) -> list[Callback]:
+        seed = self._get(self.config, "seed_everything")
+        callbacks: list[Callback] = [ExactResume(), Throughput(), MemoryMonitor(), StateNorms(), PredictionWriter()]
+        if progress_bar:
+            callbacks.append(RichProgressBar(leave=True))
+        if logged:
+            callbacks += [LearningRateMonitor("step"), HParams({"seed": seed})]
+        return [*callbacks, ExportModel(), RunSummary()]
+
+    def after_fit(self) -> None:
+        """Test the final weights, then say where everything is."""
+        if self._get(self.config_init, "run").test and not self.trainer.fast_dev_run:
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        self._report()
+
+    def after_test(self) -> None:
+        """Say where everything is."""
+        self._report()
+
+    def _report(self) -> None:
+        summary = next(c for c in self.trainer.callbacks if isinstance(c, RunSummary))  # type: ignore[attr-defined]
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            print("\n".join(summary.lines(self.trainer)))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run `argv[0]`, one of fit, validate, test and predict."""
+    try:
+        TrainingCLI(argv[0], argv[1:])
+    except OmegaConfBaseException as error:
+        place = str(getattr(error, "full_key", "") or "").removeprefix(f"{argv[0]}.")
+        raise ConfigError(f"{place or 'recipe'}: {str(error).splitlines()[0]}") from error
+    return 0
+
+
+def _config_files(arguments: Sequence[str]) -> list[Path]:
+    """The files named by -c, --config and --config=."""
+    following = [value for flag, value in pairwise(arguments) if flag in ("-c", "--config")]
+    joined = [value.partition("=")[2] for value in arguments if value.startswith("--config=")]
+    return [Path(value) for value in following + joined]
+
+
+def _newest(run: RunConfig, name: str) -> Path:
+    """The newest checkpoint file called `name` among a run's versions."""
+    pattern = f"{run.version or '*'}/checkpoints/{name}"
+    found = sorted(run.folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
+    if not found:
+        raise ConfigError(f"ckpt_path: no {run.folder / pattern}; nothing to go on from")
+    return found[-1]

@@ -1,0 +1,1 @@
+"""Training: losses, the optimizer and its schedule, Lightning modules and callbacks."""

@@ -1,0 +1,83 @@
+"""Two checkpoint files of a run: the last one, to go on from, and the best one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from hybridvl.layers.errors import ConfigError
+from hybridvl.training.checkpoint_io import read_checkpoint
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+
+
+class Checkpoints(Checkpoint):
+    """Keeps checkpoints/last.ckpt, and with `monitor` checkpoints/best.ckpt, in the run folder.
+
+    Each file is replaced as a whole (see `AtomicCheckpointIO`), so there is always a good one. With `monitor` the fit
+    ends with the best weights in the module.
+
+    Args:
+        every_n_steps: optimizer steps between two savings of last.ckpt; it is saved at the end in any case.
+        monitor: a validation metric, for example val/exact; null keeps only the last checkpoint.
+        mode: whether the metric should be large (max) or small (min).
+    """
+
+    def __init__(
+        self, every_n_steps: int = 200, monitor: str | None = None, mode: Literal["min", "max"] = "max"
+    ) -> None:
+        if every_n_steps < 1:
+            raise ConfigError(f"checkpoints.every_n_steps: {every_n_steps!r} is not a positive number of steps")
+        self.every_n_steps = every_n_steps
+        self.monitor = monitor
+        self.mode = mode
+        self.best: float | None = None
+        self._saved_step = -1
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save last.ckpt when it is time."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self._save_last(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save best.ckpt when the metric is better than ever."""
+        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        if self.monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics))
+            raise ConfigError(f"checkpoints.monitor: no metric is called {self.monitor!r} (known: {known})")
+        score = float(trainer.callback_metrics[self.monitor])
+        better = self.best is None or (score > self.best if self.mode == "max" else score < self.best)
+        if better and not trainer.fast_dev_run:
+            self.best = score
+            trainer.save_checkpoint(checkpoint_folder(trainer) / BEST)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save last.ckpt, then take the best weights."""
+        self._save_last(trainer)
+        if self.best is not None:
+            weights = read_checkpoint(checkpoint_folder(trainer) / BEST)
+            trainer.strategy.load_model_state_dict(weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best score so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it back."""
+        self.best = state_dict["best"]
+
+    def _save_last(self, trainer: Trainer) -> None:
+        if trainer.global_step != self._saved_step and not trainer.fast_dev_run:
+            self._saved_step = trainer.global_step
+            trainer.save_checkpoint(checkpoint_folder(trainer) / LAST)
+
+
+def checkpoint_folder(trainer: Trainer) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"

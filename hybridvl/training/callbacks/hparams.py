@@ -1,0 +1,60 @@
+"""TensorBoard's HParams page: the few settings a person compares, beside metrics that are real."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from hybridvl.training.supervised import SupervisedTuning
+
+DEFAULT_METRICS = ("val/loss", "val/token_accuracy", "val/exact", "test/exact", "test/digit_accuracy")
+
+
+class HParams(Callback):
+    """Declares the run's settings and the tags of its metrics when the fit starts.
+
+    HParams reads a metric from the scalars of that tag, so the page shows the latest real value at any time, also of
+    a run that was killed; no placeholder is ever written.
+
+    Args:
+        settings: further settings to show, by name.
+        metrics: tags of the metrics' columns.
+    """
+
+    def __init__(self, settings: Mapping[str, Any] | None = None, metrics: Sequence[str] = DEFAULT_METRICS) -> None:
+        self.settings = dict(settings or {})
+        self.metrics = tuple(metrics)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the settings."""
+        from torch.utils.tensorboard.summary import hparams
+
+        settings = {**_settings(pl_module), "seed": self.settings.get("seed", ""), **self.settings}
+        values = {name: _plain(value) for name, value in settings.items()}
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                writer = logger.experiment._get_file_writer()  # type: ignore[no-untyped-call]
+                for summary in hparams(values, dict.fromkeys(self.metrics, 0.0)):  # type: ignore[no-untyped-call]
+                    writer.add_summary(summary)
+
+
+def _settings(module: LightningModule) -> dict[str, Any]:
+    if not isinstance(module, SupervisedTuning):
+        return {}
+    net, optimizer = module.config, module.optimizer_config
+    return {
+        "pattern": module.net.pattern,
+        "width": net.width,
+        "mlp_width": net.mlp_width,
+        "parameters": module.net.num_params,
+        "lr": optimizer.lr,
+        "weight_decay": optimizer.weight_decay,
+        "warmup_steps": optimizer.warmup_steps,
+    }
+
+
+def _plain(value: Any) -> bool | int | float | str:
+    return value if isinstance(value, bool | int | float | str) else str(value)

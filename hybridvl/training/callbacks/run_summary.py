@@ -1,0 +1,124 @@
+"""What a run came to: metrics.json in its folder, and a few lines for the person who started it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from hybridvl.training.callbacks.checkpoints import BEST, LAST, Checkpoints, checkpoint_folder
+from hybridvl.training.callbacks.throughput import Throughput
+from hybridvl.training.supervised import SupervisedTuning
+
+PACKAGES = ("hybridvl", "torch", "lightning", "jsonargparse", "omegaconf", "transformers", "datasets", "numpy")
+
+
+class RunSummary(Callback):
+    """Writes metrics.json when a fit or a test ends.
+
+    Keys: metrics (the latest value of each), pattern, parameters, trainable_parameters, steps, tokens, samples,
+    seconds (of training steps), checkpoint, versions.
+    """
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, float] = {}
+        self._facts: dict[str, Any] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collect."""
+        if not trainer.sanity_checking:
+            self._collect(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collect and write."""
+        self._collect(trainer)
+        self._write(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Collect and write."""
+        self._collect(trainer)
+        throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+        if throughput is not None:
+            self._facts |= {
+                "tokens": throughput.tokens,
+                "samples": throughput.samples,
+                "seconds": round(throughput.seconds, 3),
+            }
+        self._facts |= {"steps": trainer.global_step, "checkpoint": _checkpoint(trainer)}
+        self._write(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metrics so far."""
+        return {"metrics": dict(self.metrics)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them back."""
+        self.metrics = dict(state_dict["metrics"])
+
+    def lines(self, trainer: Trainer) -> list[str]:
+        """What a person wants to know at the end: folder, checkpoint, scores, how to look at it."""
+        folder = run_folder(trainer)
+        shown = [f"{name} {value:.4f}" for name, value in sorted(self.metrics.items()) if name.startswith("test/")]
+        shown = shown or [f"{name} {value:.4f}" for name, value in sorted(self.metrics.items()) if "val/" in name]
+        lines = [f"run folder   {folder}"]
+        if self._facts.get("checkpoint"):
+            lines.append(f"checkpoint   {self._facts['checkpoint']}")
+        if (folder / "model").is_dir():
+            lines.append(f"model        {folder / 'model'}")
+        lines += [f"score        {line}" for line in shown]
+        lines.append(f"watch        tensorboard --logdir {shlex.quote(str(folder.parent))}")
+        return lines
+
+    def _collect(self, trainer: Trainer) -> None:
+        self.metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    def _write(self, trainer: Trainer, module: LightningModule) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        parameters = list(module.parameters())
+        facts = {
+            "metrics": self.metrics,
+            "pattern": module.net.pattern if isinstance(module, SupervisedTuning) else None,
+            "parameters": sum(p.numel() for p in parameters),
+            "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            **self._facts,
+            "versions": versions(),
+        }
+        write_json(run_folder(trainer) / "metrics.json", facts)
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of a run."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _checkpoint(trainer: Trainer) -> str | None:
+    keeper = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
+    name = BEST if keeper is not None and keeper.best is not None else LAST
+    path = checkpoint_folder(trainer) / name
+    return str(path) if path.exists() else None

@@ -1,0 +1,105 @@
+"""Checkpoint files that are either whole or absent: written aside, flushed to the disk, then renamed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+
+from hybridvl.layers.errors import ConfigError
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's plugin for checkpoint files.
+
+    A process killed at any moment, a full disk included, leaves the earlier file of the same name untouched. Files
+    are read with `weights_only=True`: tensors and plain containers, no pickled code.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write `checkpoint` to `path`; a full disk or a forbidden folder is a ConfigError, and `path` is as before."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(partial, "wb") as raw:
+                sink = _Sink(raw.write, raw.flush)
+                _save(checkpoint, sink)
+                raw.flush()
+                os.fsync(raw.fileno())
+            os.replace(partial, path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            kept = f"; the earlier {path} is untouched" if path.exists() else ""
+            raise ConfigError(f"cannot save the checkpoint {path}: {error.strerror}{kept}") from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint onto the CPU; ConfigError when it is missing, damaged, or holds pickled objects."""
+        return read_checkpoint(path)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint file if it is there."""
+        Path(path).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The contents of a checkpoint file, on the CPU; ConfigError when it is missing, damaged, or holds code."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"checkpoint {path}: no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"checkpoint {path}: holds pickled Python objects or is damaged; only tensors and plain values are loaded"
+        ) from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        raise ConfigError(f"checkpoint {path}: damaged or not a checkpoint ({str(error).splitlines()[0]})") from error
+    except OSError as error:
+        raise ConfigError(f"checkpoint {path}: {error.strerror}") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ConfigError(f"checkpoint {path}: not a training checkpoint (it has no 'state_dict')")
+    return checkpoint
+
+
+class _Sink:
+    """A file that remembers the OSError of a failed write, which torch turns into a RuntimeError without a cause."""
+
+    def __init__(self, write: Callable[[Any], int], flush: Callable[[], None]) -> None:
+        self._write = write
+        self.flush = flush
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self._write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def _save(checkpoint: dict[str, Any], sink: _Sink) -> None:
+    try:
+        torch.save(checkpoint, sink)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        if sink.error is not None:
+            raise sink.error from error
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

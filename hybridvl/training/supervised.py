@@ -1,0 +1,209 @@
+"""Supervised tuning: cross-entropy on answer tokens, teacher-forced validation, scored generation as the test."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from hybridvl.layers.errors import ConfigError
+from hybridvl.models.checkpoints import check_same_model
+from hybridvl.models.config import ModelConfig
+from hybridvl.models.vlm import VisionLanguageModel
+from hybridvl.training.answers import Question, answers_right, model_inputs, split_questions
+from hybridvl.training.losses import TokenLoss, label_positions, linear_cross_entropy
+from hybridvl.training.optim import OptimizerConfig, build_optimizer, build_schedule
+from hybridvl.training.replies import reply
+from hybridvl.training.scores import ReplyScores
+
+Batch = Mapping[str, Any]
+
+MODEL_KEY = "hybridvl_model"
+"""Where a checkpoint keeps `ModelConfig.to_dict()`."""
+
+
+class SupervisedTuning(LightningModule):
+    """Trains a vision-language model on conversations.
+
+    Logs train/loss, train/token_accuracy; val/loss, val/token_accuracy, val/exact (whole answers, teacher-forced) and
+    val/<kind>_exact; test/exact, test/digit_accuracy, test/<kind>_exact from greedily generated replies.
+
+    Args:
+        net: the model: pattern, mixers, sizes, vision tower.
+        optimizer: AdamW and its schedule.
+        freeze: parameters that are not trained: names or beginnings of names, for example [visual].
+        loss_chunk: tokens whose logits exist at a time.
+        reply_tokens: longest reply that the test and predictions write.
+    """
+
+    def __init__(
+        self,
+        net: ModelConfig,
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen, so sharing it is safe
+        freeze: Sequence[str] = (),
+        loss_chunk: int = 1024,
+        reply_tokens: int = 64,
+    ) -> None:
+        super().__init__()
+        for name, value in (("loss_chunk", loss_chunk), ("reply_tokens", reply_tokens)):
+            if value < 1:
+                raise ConfigError(f"model.{name}: {value!r} is not a positive number of tokens")
+        self.config = net
+        self.optimizer_config = optimizer
+        self.loss_chunk = loss_chunk
+        self.reply_tokens = reply_tokens
+        self.net = VisionLanguageModel(net)
+        self._freeze(freeze)
+        self._scores = ReplyScores()
+        self._kind_counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean cross-entropy over the batch's label tokens."""
+        loss, hits = self.token_loss(batch)
+        self.log("train/loss", loss, prog_bar=True, batch_size=1)
+        self.log("train/token_accuracy", _rate(hits), batch_size=1)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Teacher-forced accuracy of tokens and of whole answers."""
+        loss, hits = self.token_loss(batch)
+        if not hits.numel():
+            return
+        right = answers_right(batch["labels"], hits)
+        tokens, answers = hits.numel(), right.numel()
+        self.log("val/loss", loss, prog_bar=True, batch_size=tokens, sync_dist=True)
+        self.log("val/token_accuracy", _rate(hits), batch_size=tokens, sync_dist=True)
+        self.log("val/exact", _rate(right), prog_bar=True, batch_size=answers, sync_dist=True)
+        for kind, good in zip(batch.get("answer_kinds") or (), right.tolist(), strict=False):
+            self._kind_counts[kind][0] += good
+            self._kind_counts[kind][1] += 1
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the counts of the previous pass."""
+        self._kind_counts.clear()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log exact matches by kind of question."""
+        for kind, (right, total) in self._kind_counts.items():
+            self.log(f"val/{kind}_exact", right / total, batch_size=total)
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the scores of the previous pass."""
+        self._scores = ReplyScores()
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Generate a reply to every question of the batch and score its text."""
+        questions = self.questions(batch)
+        for question, text in zip(questions, self.replies(questions), strict=True):
+            self._scores.add(question.kind, text, self.text(question.answer))
+
+    def on_test_epoch_end(self) -> None:
+        """Log the rates over all replies."""
+        metrics = self._scores.metrics()
+        if not metrics:
+            raise ConfigError("data: the test split holds no answers to score")
+        self.log_dict({f"test/{name}": value for name, value in metrics.items()})
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
+        """The reply to every question: {"kind", "question", "answer" (the target, if any), "reply"}."""
+        questions = self.questions(batch)
+        return [
+            {
+                "kind": question.kind,
+                "question": self.last_turn(question),
+                "answer": self.text(question.answer),
+                "reply": text,
+            }
+            for question, text in zip(questions, self.replies(questions), strict=True)
+        ]
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and the schedule, stepped once an optimizer step."""
+        optimizer = build_optimizer(self.net, self.optimizer_config)
+        schedule = build_schedule(optimizer, self.optimizer_config, self._total_steps())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in the checkpoint which model it is of."""
+        checkpoint[MODEL_KEY] = self.config.to_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model, naming the layers that differ."""
+        if MODEL_KEY not in checkpoint:
+            raise ConfigError(f"the checkpoint does not say which model it is of (no {MODEL_KEY!r} in it)")
+        check_same_model(ModelConfig.from_dict(checkpoint[MODEL_KEY]), self.config, "ckpt_path")
+
+    def token_loss(self, batch: Batch) -> TokenLoss:
+        """Loss and hits over the label tokens of a batch; no other token reaches the output head."""
+        hidden = self.net.hidden(**model_inputs(batch))  # (B, T, D)
+        labels: Tensor = batch["labels"]
+        predicts = label_positions(labels)
+        targets = labels[:, 1:][predicts[:, :-1]]  # (N,)
+        return linear_cross_entropy(hidden[predicts], self.net.lm_head_weight, targets, self.loss_chunk)
+
+    def questions(self, batch: Batch) -> list[Question]:
+        """The batch as single questions."""
+        vision = self.config.vision
+        if vision is None:
+            return split_questions(batch, None)
+        return split_questions(batch, self.config.image_token_id, vision.spatial_merge_size**2)
+
+    def replies(self, questions: Sequence[Question]) -> list[str]:
+        """Greedy replies as text."""
+        if not questions:
+            return []
+        stop = self._tokenizer().convert_tokens_to_ids("<|im_end|>")
+        was_training = self.net.training
+        self.net.eval()
+        written = reply(self.net, questions, (stop,), self.reply_tokens)
+        self.net.train(was_training)
+        return [self.text(tokens) for tokens in written]
+
+    def text(self, tokens: Tensor | Sequence[int]) -> str:
+        """Tokens as text, special ones left out."""
+        return str(self._tokenizer().decode(tokens, skip_special_tokens=True))
+
+    def last_turn(self, question: Question) -> str:
+        """The text that asks the question: the last user turn of the prompt."""
+        tokenizer = self._tokenizer()
+        start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+        turns = (question.prompt == start).nonzero().flatten().tolist()
+        begin = turns[-2] if len(turns) > 1 else 0
+        end = turns[-1] if len(turns) > 1 else question.prompt.numel()
+        return self.text(question.prompt[begin:end]).removeprefix("user\n").strip()
+
+    def _tokenizer(self) -> Any:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is None:
+            raise ConfigError("replies need the data module's tokenizer: pass datamodule= to the trainer")
+        return datamodule.tokenizer
+
+    def _freeze(self, names: Sequence[str]) -> None:
+        for name in names:
+            chosen = [p for full, p in self.net.named_parameters() if full == name or full.startswith(f"{name}.")]
+            if not chosen:
+                roots = ", ".join(child for child, _ in self.net.named_children())
+                raise ConfigError(
+                    f"model.freeze: no parameter is called {name!r} or lies below it (top level: {roots})"
+                )
+            for parameter in chosen:
+                parameter.requires_grad_(False)
+
+    def _total_steps(self) -> int:
+        if self.optimizer_config.total_steps is not None:
+            return self.optimizer_config.total_steps
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ConfigError(
+                "model.optimizer.total_steps: null, and the trainer has no end to take it from; "
+                "set trainer.max_steps or trainer.max_epochs"
+            )
+        return int(steps)
+
+
+def _rate(hits: Tensor) -> Tensor:
+    return hits.float().mean() if hits.numel() else torch.zeros((), device=hits.device)
