@@ -54,6 +54,8 @@ class DigitPages(Task):
         kinds: question kinds and their weights: "line" ("What is on line 2?"), "cell" ("Which digit is at row 3,
             column 1?"), "count" ("How many 7s?"), "page" ("Read the page.").
         separator: what stands between the digits of a line in an answer.
+        growth: epochs over which training pages grow, columns first, from a single digit to full size; a model that
+            starts on small pages finds out early which answer token goes with which digit. 0 = full size at once.
         augment: strength of the distortion of training digits; 0 turns it off, 1 is as strong as it stays legible.
         train_pages: training pages in an epoch.
         val_pages: validation pages.
@@ -69,6 +71,7 @@ class DigitPages(Task):
         eval_turns: int = 1,
         kinds: dict[str, float] | None = None,
         separator: str = " ",
+        growth: int = 0,
         augment: float = 1.0,
         train_pages: int = 16_000,
         val_pages: int = 256,
@@ -82,12 +85,15 @@ class DigitPages(Task):
         for name, value in {**sizes, **{f"{split}_pages": count for split, count in self.pages.items()}}.items():
             if value < 1:
                 raise ConfigError(f"data.task.{name}: {value}; expected at least 1")
+        if growth < 0:
+            raise ConfigError(f"data.task.growth: {growth}; expected a number of epochs, at least 0")
         if not 0 <= augment <= 2:
             raise ConfigError(f"data.task.augment: {augment}; expected a number from 0 to 2")
         self.cell = cell
         self.turns = turns
         self.eval_turns = eval_turns
         self.separator = separator
+        self.growth = growth
         self.augment = augment
 
     def source(self, split: Split, seed: int) -> DigitSource:
@@ -111,7 +117,7 @@ class DigitSource(Source):
     def sample(self, index: int, epoch: int) -> Sample:
         """Page `index` with its questions; evaluation pages are the same in every epoch."""
         rng = self._rng(index, epoch)
-        numbers = self._scan_numbers(rng)
+        numbers = self._scan_numbers(rng, epoch)
         page = render_page(scans()[0], numbers, self.task.cell, self.task.augment if self.training else 0.0, rng)
         labels = scans()[1][numbers]
         messages = []
@@ -126,16 +132,19 @@ class DigitSource(Source):
 
     def scan_numbers(self, index: int, epoch: int = 0) -> NDArray[np.int64]:
         """Which scans stand on a page, (lines, columns)."""
-        return self._scan_numbers(self._rng(index, epoch))
+        return self._scan_numbers(self._rng(index, epoch), epoch)
 
     def _rng(self, index: int, epoch: int) -> np.random.Generator:
         key = [self.seed, SPLITS.index(self.split), epoch if self.training else 0, index]
         return np.random.Generator(np.random.SFC64(np.random.SeedSequence(key)))
 
-    def _scan_numbers(self, rng: np.random.Generator) -> NDArray[np.int64]:
-        lines = rng.integers(self.task.rows[0], self.task.rows[1] + 1)
-        columns = rng.integers(self.task.columns[0], self.task.columns[1] + 1)
-        return rng.choice(scan_splits()[self.split], size=(lines, columns))
+    def _scan_numbers(self, rng: np.random.Generator, epoch: int) -> NDArray[np.int64]:
+        done = 1.0 if not self.training or epoch >= self.task.growth else epoch / self.task.growth
+        # The first tenth shows single digits, then lines grow until halfway, then pages get more lines.
+        columns = _grown(self.task.columns, (done - 0.1) / 0.4)
+        rows = _grown(self.task.rows, (done - 0.5) / 0.5)
+        size = (rng.integers(rows[0], rows[1] + 1), rng.integers(columns[0], columns[1] + 1))
+        return rng.choice(scan_splits()[self.split], size=size)
 
     def _questions(self, labels: NDArray[np.int64], turns: int, rng: np.random.Generator) -> list[tuple[str, str, str]]:
         """Different questions (kind, question, answer); fewer than `turns` when the page has no more."""
@@ -164,6 +173,14 @@ def _ask(kind: str, labels: NDArray[np.int64], u: float, v: float, separator: st
         digit = labels[row, column] if u * rows % 1 < 0.7 else int(v * columns % 1 * 10)
         return f"How many {digit}s?", str((labels == digit).sum())
     return "Read the page.", "\n".join(separator.join(map(str, line)) for line in labels)
+
+
+def _grown(span: tuple[int, int], share: float) -> tuple[int, int]:
+    """The span of sizes after a share of the growth: from 1 alone to the whole span, its lower end last."""
+    if share >= 1:
+        return span
+    most = 1 + int(max(0.0, share) * span[1])
+    return 1, min(most, span[1])
 
 
 def _span(name: str, span: tuple[int, int]) -> tuple[int, int]:
