@@ -36,15 +36,12 @@ def explain(message: str, parser: ArgumentParser, files: Iterable[Path] = ()) ->
 
 
 def known_keys(parser: ArgumentParser) -> set[str]:
-    """Every key of the parser, the fields of optional dataclasses and of the subcommand's parser included."""
+    """Every key of the parser, the fields of optional dataclasses included."""
     keys: set[str] = set()
     for action in parser._actions:
-        for sub in (getattr(action, "choices", None) or {}).values() if action.dest == "subcommand" else ():
-            keys |= known_keys(sub)
         keys.add(action.dest)
-        for field in _fields(getattr(action, "_typehint", None)):
-            keys.add(f"{action.dest}.{field}")
-    return keys
+        keys |= {f"{action.dest}.{field}" for field in _fields(getattr(action, "_typehint", None))}
+    return {key for key in keys if not key.split(".")[-1] == "help" and ".help." not in key}
 
 
 def _unknown(key: str, known: set[str], files: Iterable[Path]) -> str:

@@ -65,11 +65,13 @@ class RunConfig:
 class _Parser(LightningArgumentParser):
     """A parser whose error output begins with the mistake."""
 
-    recipes: ClassVar[list[Path]] = []  # files given with --config, to say where a key stands
+    # For messages, which nested parsers raise too: the command's own parser, and the files given with --config.
+    command: ClassVar[LightningArgumentParser | None] = None
+    recipes: ClassVar[list[Path]] = []
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Print one explanation and exit with status 2."""
-        print(f"error: {explain(message, self, self.recipes)}", file=sys.stderr)
+        print(f"error: {explain(message, self.command or self, self.recipes)}", file=sys.stderr)
         self.exit(2)
 
 
@@ -122,6 +124,7 @@ class TrainingCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what the user wrote."""
+        _Parser.command = self._subcommand_parsers[self._command]
         self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:

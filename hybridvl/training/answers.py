@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -150,7 +151,7 @@ def _samples(batch: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
     packed, mask = batch.get("cu_seqlens"), batch.get("attention_mask")
     if packed is not None:
         bounds = packed.tolist()
-        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, end in pairwise(bounds):
             yield tokens[0, start:end], labels[0, start:end]
         return
     for row in range(tokens.shape[0]):

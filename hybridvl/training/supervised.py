@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from hybridvl.data.module import ChatDataModule
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.checkpoints import check_same_model
 from hybridvl.models.config import ModelConfig
@@ -178,9 +179,9 @@ class SupervisedTuning(LightningModule):
 
     def _tokenizer(self) -> Any:
         datamodule = getattr(self.trainer, "datamodule", None)
-        if datamodule is None:
-            raise ConfigError("replies need the data module's tokenizer: pass datamodule= to the trainer")
-        return datamodule.tokenizer
+        if not isinstance(datamodule, ChatDataModule):
+            raise ConfigError("replies need the tokenizer of a ChatDataModule: pass datamodule= to the trainer")
+        return datamodule.chat.tokenizer
 
     def _freeze(self, names: Sequence[str]) -> None:
         for name in names:

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 
 from hybridvl.data.images import ImageConfig
+from hybridvl.data.module import ChatDataModule
 from hybridvl.training.answers import Question
 from hybridvl.training.supervised import SupervisedTuning
 
@@ -45,7 +46,8 @@ class ExampleImages(Callback):
         if not isinstance(pl_module, SupervisedTuning):
             return
         questions = spread(pl_module.questions(batch), self.count)
-        config = getattr(getattr(trainer, "datamodule", None), "images", None)
+        datamodule = getattr(trainer, "datamodule", None)
+        config = datamodule.images.config if isinstance(datamodule, ChatDataModule) else None
         for number, (question, reply) in enumerate(zip(questions, pl_module.replies(questions), strict=True)):
             image = None if question.pixel_values is None or config is None else last_image(question, config)
             picture = draw(image, pl_module.last_turn(question), reply, pl_module.text(question.answer))

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from hybridvl.data.module import ChatDataModule
+from hybridvl.inference.processor import Processor
 from hybridvl.models.checkpoints import save
 from hybridvl.training.supervised import SupervisedTuning
-
-
-@runtime_checkable
-class SavesProcessor(Protocol):
-    """A data module that can write its tokenizer and image settings into a folder."""
-
-    def save_processor(self, folder: Path) -> None:
-        """Write the files."""
 
 
 class ExportModel(Callback):
@@ -29,5 +22,5 @@ class ExportModel(Callback):
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "model"
         save(pl_module.net, folder)
         datamodule = getattr(trainer, "datamodule", None)
-        if isinstance(datamodule, SavesProcessor):
-            datamodule.save_processor(folder)
+        if isinstance(datamodule, ChatDataModule):
+            Processor(datamodule.chat, datamodule.images).save(folder)
