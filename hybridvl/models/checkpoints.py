@@ -62,7 +62,8 @@ def save(model: VisionLanguageModel, path: str | Path, format: str = "hybridvl")
         raise ConfigError(f"format: {format!r}; expected one of {', '.join(FORMATS)}")
     folder = Path(path)
     write_weights(model.state_dict(), folder)
-    write_json({"format_version": FORMAT_VERSION, **model.config.to_dict()}, folder / "config.json")
+    values = {"format_version": FORMAT_VERSION, **model.config.to_dict(), "pattern": model.pattern}
+    write_json(values, folder / "config.json")
 
 
 def read_config(path: str | Path) -> ModelConfig:

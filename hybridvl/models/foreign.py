@@ -146,7 +146,7 @@ def _vision_language_model(
         vocab_size=_int(text, "vocab_size", place),
         tie_embeddings=tied,
         norm_eps=text.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1e6))),
+        rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
         rope_sections=None if sections is None else tuple(sections),
         vision=_vision(vision, text["hidden_size"], f"{place}: vision_config"),
         tokens_per_second=float(vision.get("tokens_per_second", 4)),

@@ -103,7 +103,7 @@ def prefill(
     state: ModelState,
     chunk: int = PREFILL_CHUNK,
 ) -> Tensor:
-    """Feed a prompt into the state, `chunk` tokens at a time; the hidden state (B, D) of every row's last real token."""
+    """Feed a prompt into the state, `chunk` tokens at a time; the hidden state (B, D) of each row's last real token."""
     rows, length = embeds.shape[:2]
     last = torch.full((rows,), length - 1, device=embeds.device)
     if attention_mask is not None:

@@ -58,6 +58,7 @@ def rope_positions(
     Slots of padding hold a filler (1 for "v457", 0 for "v523"). Raises ConfigError when the visual tokens do not match
     the grids. Scheme: Qwen2-VL, arXiv 2409.12191, section 2.1.
     """
+    check_layout(tuple(input_ids.shape), attention_mask, cu_seqlens, start)
     if grids.empty:
         positions = _text_positions(input_ids, attention_mask, cu_seqlens, start).expand(3, -1, -1)
         return positions if attention_mask is None else positions.masked_fill(attention_mask == 0, _filler(rules))
@@ -70,6 +71,21 @@ def rope_positions(
         flat[:, slots] = visuals.place(flat_ids[slots], first)
     visuals.finish()
     return positions.to(input_ids.device)
+
+
+def check_layout(
+    shape: tuple[int, ...], attention_mask: Tensor | None, cu_seqlens: Tensor | None, row_state: Tensor | None
+) -> None:
+    """Raise ConfigError unless the mask, or the packing of one row, and what a state holds per row fit (B, T)."""
+    if attention_mask is not None and tuple(attention_mask.shape) != shape:
+        raise ConfigError(
+            f"attention_mask: shape {tuple(attention_mask.shape)}; expected {shape}, the new tokens alone"
+        )
+    if cu_seqlens is not None and (attention_mask is not None or shape[0] != 1):
+        raise ConfigError("cu_seqlens: packed segments lie in one row (B = 1) and need no attention_mask")
+    rows = shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+    if row_state is not None and len(row_state) != rows:
+        raise ConfigError(f"state: {len(row_state)} rows; expected {rows}, one per row or packed segment of the input")
 
 
 def row_lengths(input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -201,10 +217,7 @@ def _text_positions(
         segment = _segment_of(cu_seqlens, length)
         first = -cu_seqlens[:-1] if start is None else start - cu_seqlens[:-1]
         return (index + first[segment]).unsqueeze(0)
-    if attention_mask is not None:
-        positions = attention_mask.ne(0).cumsum(1) - 1
-    else:
-        positions = index.expand(rows, -1)
+    positions = index.expand(rows, -1) if attention_mask is None else attention_mask.ne(0).cumsum(1) - 1
     return positions if start is None else positions + start.unsqueeze(1)
 
 

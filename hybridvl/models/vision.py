@@ -137,7 +137,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)
     pieces = []
     for bucket in segments.buckets:
-        inputs = (x[bucket.index].transpose(1, 2) for x in (q, k, v))  # (S, H, L, K)
-        o = F.scaled_dot_product_attention(*inputs, attn_mask=bucket.mask).transpose(1, 2).flatten(0, 1)
+        qs, ks, vs = (x[bucket.index].transpose(1, 2) for x in (q, k, v))  # (S, H, L, K)
+        o = F.scaled_dot_product_attention(qs, ks, vs, attn_mask=bucket.mask).transpose(1, 2).flatten(0, 1)
         pieces.append(o if bucket.kept is None else o[bucket.kept])
     return torch.cat(pieces)[segments.restore]

@@ -15,6 +15,7 @@ from hybridvl.models.generation import Sampling, generate
 from hybridvl.models.positions import (
     PositionRules,
     VisualGrids,
+    check_layout,
     multimodal_rotary,
     rope_positions,
     rotary_axes,
@@ -210,7 +211,10 @@ class VisionLanguageModel(nn.Module):
 
         collected: a list that receives the hidden states of all layers, see `ModelOutput`.
         """
-        _check_layout(embeds, position_ids, attention_mask, cu_seqlens)
+        shape = tuple(embeds.shape[:2])
+        check_layout(shape, attention_mask, cu_seqlens, None if state is None else state.length)
+        if tuple(position_ids.shape) != (3, *shape):
+            raise ConfigError(f"position_ids: shape {tuple(position_ids.shape)}; expected {(3, *shape)}")
         rotary = {
             dim: multimodal_rotary(position_ids, axes, self.config.rope_theta, embeds.dtype)
             for dim, axes in self._rotary_axes.items()
@@ -281,17 +285,3 @@ def _check_count(kind: str, token: int, found: int, wanted: int) -> None:
             f"input_ids: {found} {kind} tokens (id {token}), but the {kind}s given make {wanted} features; "
             "expected as many tokens as features"
         )
-
-
-def _check_layout(
-    embeds: Tensor, position_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None
-) -> None:
-    shape = tuple(embeds.shape[:2])
-    if tuple(position_ids.shape) != (3, *shape):
-        raise ConfigError(f"position_ids: shape {tuple(position_ids.shape)}; expected {(3, *shape)}")
-    if attention_mask is not None and tuple(attention_mask.shape) != shape:
-        raise ConfigError(
-            f"attention_mask: shape {tuple(attention_mask.shape)}; expected {shape}, the new tokens alone"
-        )
-    if cu_seqlens is not None and (attention_mask is not None or shape[0] != 1):
-        raise ConfigError("cu_seqlens: packed segments lie in one row (B = 1) and need no attention_mask")

@@ -91,17 +91,22 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _read_file(file: Path) -> dict[str, Tensor]:
     try:
-        with file.open("rb") as stream:
-            start = stream.read(2)
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from error
-    # A pickle begins with its protocol mark, torch's archive of pickles with that of a zip file.
-    if start == b"PK" or start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        raise ConfigError(f"{file}: is a pickle, whatever its name; pickles are never loaded, expected safetensors")
-    try:
         return load_file(file)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{file}: no such file, though the index lists it") from error
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{file}: damaged or not safetensors: {error}") from error
+        what = "is a pickle, and pickles are never loaded" if _looks_pickled(file) else "damaged or not safetensors"
+        raise ConfigError(f"{file}: {what}; expected safetensors ({error})") from error
+
+
+def _looks_pickled(file: Path) -> bool:
+    """Whether a file that is not safetensors begins like a pickle, or like the zip file that torch.save makes."""
+    try:
+        with file.open("rb") as stream:
+            start = stream.read(4)
+    except OSError:
+        return False
+    return start == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"))
 
 
 def _flush(path: Path) -> None:

@@ -1,0 +1,157 @@
+"""Generation: recorded logits, batches with padding, chunked prefill, sampling, stop tokens, mistakes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from model_cases import DATA, Recorded, joined_images, padded, prompts, relative_error, small_model
+from torch import Tensor
+
+import hybridvl
+from hybridvl.inference import Sampling, decode_step, generate, prefill
+from hybridvl.layers import ConfigError
+from hybridvl.models.generation import _choose
+from hybridvl.models.vlm import VisionLanguageModel
+
+PATTERNS = ["swa gdn", "(swa+mamba2) full"]
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl_tiny", "infinitevl_tiny_standard"])
+@pytest.mark.parametrize("case", ["text", "images"])
+def test_recorded_logits(name: str, case: str) -> None:
+    model, recorded = hybridvl.load(DATA / name), Recorded(DATA / name)
+    ids, mask = recorded.inputs[f"{case}.input_ids"], recorded.inputs.get(f"{case}.attention_mask")
+    pixels, grid = (recorded.inputs["pixel_values"].float(), recorded.inputs["image_grid_thw"])
+    images = (pixels, grid) if case == "images" else (None, None)
+    positions, _ = model.rope_positions(ids, image_grid_thw=images[1], attention_mask=mask)
+    steps = list(generate(model, model.embed(ids, *images), positions, mask, max_new_tokens=16))
+    logits = torch.stack([step.logits for step in steps], dim=1)
+    assert relative_error(logits, recorded.expected[f"{case}.generated_logits"]) < 1e-4
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_equals_recomputing_every_step(pattern: str) -> None:
+    """Padded batch with images against the growing row alone, recomputed from the start for every token."""
+    model, rows = small_model(pattern, torch.float64), prompts()
+    images = joined_images(rows)
+    images["pixel_values"] = images["pixel_values"].double()
+    for left in (True, False):
+        ids, mask = padded(rows, left)
+        found = model.generate(ids, 6, attention_mask=mask, **images)
+        assert found.shape == (3, ids.shape[1] + 6)
+        for number, row in enumerate(rows):
+            pixels = None if row.pixel_values is None else row.pixel_values.double()
+            alone = row.input_ids
+            for _ in range(6):
+                alone = torch.cat((alone, recomputed(model, alone, row.input_ids, pixels, row.image_grid_thw)), dim=1)
+            assert torch.equal(found[number, ids.shape[1] :], alone[0, row.input_ids.shape[1] :])
+
+
+@torch.no_grad()
+def recomputed(
+    model: VisionLanguageModel, ids: Tensor, given: Tensor, pixels: Tensor | None, grid: Tensor | None
+) -> Tensor:
+    """The most likely next token (1, 1), without a state; generated tokens are embedded as plain tokens."""
+    positions, deltas = model.rope_positions(given, image_grid_thw=grid)
+    more = torch.arange(given.shape[1], ids.shape[1]) + deltas
+    positions = torch.cat((positions, more.expand(3, 1, -1)), dim=2)
+    embeds = torch.cat((model.embed(given, pixels, grid), model.decoder.embed_tokens(ids[:, given.shape[1] :])), dim=1)
+    return (model.run_decoder(embeds, positions)[:, -1] @ model.lm_head_weight.T).argmax(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@torch.no_grad()
+def test_prefill_in_chunks_of_any_size(pattern: str) -> None:
+    model, rows = small_model(pattern, torch.float64), prompts()
+    images = joined_images(rows)
+    for left in (True, False):
+        ids, mask = padded(rows, left)
+        embeds = model.embed(ids, images["pixel_values"].double(), images["image_grid_thw"])
+        positions, _ = model.rope_positions(ids, images["image_grid_thw"], attention_mask=mask)
+        results = []
+        for chunk in (1, 7, 100):
+            state = model.init_state(3)
+            hidden = prefill(model, embeds, positions, mask, state, chunk)
+            results.append((hidden, decode_step(model, torch.tensor([1, 2, 3]), state)))
+            assert state.length.tolist() == [26, 12, 14]
+        for other in results[1:]:
+            assert relative_error(other[0], results[0][0]) < 1e-10
+            assert relative_error(other[1], results[0][1]) < 1e-10
+
+
+def test_stop_tokens_end_rows_and_generation() -> None:
+    model, ids = small_model("swa gdn"), torch.tensor([[1, 2, 3], [4, 5, 6]])
+    free = model.generate(ids, 12)[:, 3:]
+    stop = int(free[0, 4])
+    first = free[0].tolist().index(stop)
+    found = model.generate(ids, 12, sampling=Sampling(stop_ids=(stop,)))[:, 3:]
+    assert found[0, : first + 1].tolist() == free[0, : first + 1].tolist()
+    assert set(found[0, first:].tolist()) == {stop}
+    if stop not in free[1].tolist():
+        assert torch.equal(found[1], free[1])
+    both = Sampling(stop_ids=(int(free[0, 0]), int(free[1, 0])))
+    assert model.generate(ids, 12, sampling=both).shape == (2, 4)
+
+
+def test_a_forked_state_goes_on_alone() -> None:
+    model, ids = small_model("swa gdn"), torch.tensor([[1, 2, 3]])
+    positions, _ = model.rope_positions(ids)
+    with torch.no_grad():
+        steps = generate(model, model.embed(ids), positions, max_new_tokens=5)
+        first = next(steps)
+        fork = first.state.clone()
+        rest = [step.tokens.item() for step in steps]
+        tokens, again = first.tokens, []
+        for _ in rest:
+            tokens = (decode_step(model, tokens, fork) @ model.lm_head_weight.T).argmax(-1)
+            again.append(tokens.item())
+    assert again == rest
+
+
+def test_sampling_follows_the_probabilities() -> None:
+    probabilities = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    logits = probabilities.log().expand(20_000, -1)
+    generator = torch.Generator().manual_seed(0)
+
+    def frequencies(sampling: Sampling) -> Tensor:
+        return _choose(logits, sampling, generator).bincount(minlength=4) / len(logits)
+
+    torch.testing.assert_close(frequencies(Sampling(temperature=1.0)), probabilities, atol=0.015, rtol=0)
+    cold = probabilities**2 / (probabilities**2).sum()
+    torch.testing.assert_close(frequencies(Sampling(temperature=0.5)), cold, atol=0.015, rtol=0)
+    kept = torch.tensor([4 / 7, 3 / 7, 0, 0])
+    torch.testing.assert_close(frequencies(Sampling(temperature=1.0, top_p=0.65)), kept, atol=0.015, rtol=0)
+    assert frequencies(Sampling(temperature=1.0, top_p=0.01))[0] == 1
+    assert frequencies(Sampling())[0] == 1
+
+
+def test_a_seed_repeats_a_sample() -> None:
+    model, ids = small_model("swa gdn"), torch.tensor([[1, 2, 3]])
+
+    def sample(seed: int) -> list[int]:
+        return model.generate(ids, 12, sampling=Sampling(temperature=2.0, seed=seed))[0].tolist()
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_nothing_to_generate() -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    assert torch.equal(small_model("full").generate(ids, 0), ids)
+
+
+def test_mistakes() -> None:
+    model, ids = small_model("full"), torch.tensor([[1, 2], [3, 4]])
+    for values, message in (
+        ({"temperature": -1.0}, "temperature: -1.0; expected 0"),
+        ({"top_p": 0.0}, "top_p: 0.0; expected a number above 0, at most 1"),
+        ({"top_p": 1.5}, "top_p: 1.5"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Sampling(**values)
+    with pytest.raises(ConfigError, match="max_new_tokens: -1; expected at least 0"):
+        model.generate(ids, -1)
+    with pytest.raises(ConfigError, match="a row without a real token"):
+        model.generate(ids, 1, attention_mask=torch.tensor([[1, 1], [0, 0]]))
+    with pytest.raises(ConfigError, match="an empty prompt"):
+        model.generate(ids[:, :0], 1)

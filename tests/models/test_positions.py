@@ -1,0 +1,124 @@
+"""Multimodal rotary positions: recorded examples, layouts, tables and mistakes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_cases import DATA, Recorded
+
+from hybridvl.layers import ConfigError
+from hybridvl.models.positions import (
+    PositionRules,
+    VisualGrids,
+    multimodal_rotary,
+    rope_positions,
+    rotary_axes,
+    row_ends,
+    row_lengths,
+)
+
+RULES = PositionRules(image_token_id=250, video_token_id=251)
+GRID = torch.tensor([[1, 4, 6]])
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Recorded:
+    return Recorded(DATA / "qwen2_5_vl_tiny")
+
+
+@pytest.mark.parametrize("convention", ["v457", "v523"])
+@pytest.mark.parametrize("case", ["images", "video", "videofrac", "mixed"])
+def test_recorded_positions(qwen: Recorded, case: str, convention: str) -> None:
+    given_, wanted = qwen.inputs, qwen.expected
+    images = {"images": given_["image_grid_thw"], "mixed": given_["image_grid_thw"][1:]}.get(case)
+    videos = None if case == "images" else given_["video_grid_thw"]
+    seconds = given_["videofrac.second_per_grid_ts" if case == "videofrac" else "video.second_per_grid_ts"]
+    ids = given_[("video" if case == "videofrac" else case) + ".input_ids"]
+    rules = dataclasses.replace(RULES, video_convention=convention)
+    found = rope_positions(rules, ids, VisualGrids(images, videos, seconds), given_.get(f"{case}.attention_mask"))
+    key = f"{case}.position_ids" + ("" if case == "images" else f"_{convention}")
+    assert torch.equal(found, wanted[key])
+
+
+def test_recorded_tables(qwen: Recorded) -> None:
+    cos, sin = multimodal_rotary(qwen.expected["images.position_ids"], rotary_axes(16, (2, 3, 3)), 1e6, torch.float32)
+    torch.testing.assert_close(cos, qwen.expected["images.rope_cos"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(sin, qwen.expected["images.rope_sin"], atol=1e-6, rtol=0)
+
+
+def test_tables_by_hand() -> None:
+    positions = torch.tensor([[[5]], [[7]], [[11]]])
+    cos, _ = multimodal_rotary(positions, rotary_axes(16, None), 100.0, torch.float64)
+    axes = [5, 5, 7, 7, 7, 11, 11, 11]
+    wanted = [math.cos(position * 100.0 ** (-i / 8)) for i, position in enumerate(axes)]
+    assert cos[0, 0].tolist() == pytest.approx(wanted * 2, abs=1e-12)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    starts=st.lists(st.integers(0, 50), min_size=4, max_size=4),
+    image=st.booleans(),
+    left=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_padded_and_packed_rows_are_placed_as_alone(
+    lengths: list[int], starts: list[int], image: bool, left: bool
+) -> None:
+    rows = [torch.arange(length) + 1 for length in lengths]
+    if image:
+        rows[0] = torch.cat((rows[0], torch.full((6,), 250), rows[0]))
+    start = torch.tensor(starts[: len(rows)])
+    grids = VisualGrids(GRID if image else None)
+    alone = [
+        rope_positions(RULES, row[None], grids if i == 0 else VisualGrids(), start=start[i : i + 1])
+        for i, row in enumerate(rows)
+    ]
+    longest = max(map(len, rows))
+    ids, mask = torch.full((len(rows), longest), 7), torch.zeros(len(rows), longest, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        place = slice(longest - len(row), longest) if left else slice(0, len(row))
+        ids[i, place], mask[i, place] = row, 1
+    padded = rope_positions(RULES, ids, grids, mask, start=start)
+    cu_seqlens = torch.tensor([0, *map(len, rows)]).cumsum(0)
+    packed = rope_positions(RULES, torch.cat(rows)[None], grids, cu_seqlens=cu_seqlens, start=start)
+    assert torch.equal(packed, torch.cat(alone, dim=2))
+    for i, positions in enumerate(alone):
+        assert torch.equal(padded[:, i, mask[i] == 1], positions[:, 0])
+    assert row_lengths(ids, mask, None).tolist() == [len(row) for row in rows]
+    ends = [int(positions.max()) + 1 for positions in alone]
+    assert row_ends(padded, mask, None).tolist() == ends
+    assert row_ends(packed, None, cu_seqlens).tolist() == ends
+
+
+def test_adjacent_images_need_no_separator() -> None:
+    ids = torch.tensor([[250] * 12])
+    positions = rope_positions(RULES, ids, VisualGrids(torch.tensor([[1, 4, 6], [1, 4, 6]])))
+    first = [[0] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2]]
+    assert positions[:, 0, :6].tolist() == first
+    assert positions[:, 0, 6:].tolist() == [[p + 3 for p in axis] for axis in first]
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1, 250, 250, 2], r"2 image tokens \(id 250\) where the grid \[1, 4, 6\] asks for 6"),
+        ([250] * 7, r"more runs of image tokens \(id 250\) than image grids"),
+        ([1, 2, 3], "1 more image grids than runs of image tokens"),
+    ],
+)
+def test_tokens_must_match_grids(ids: list[int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        rope_positions(RULES, torch.tensor([ids]), VisualGrids(GRID))
+
+
+def test_sections_must_fit_the_head() -> None:
+    assert rotary_axes(128, None) == [0] * 16 + [1] * 24 + [2] * 24
+    with pytest.raises(ConfigError, match=r"add up to 9; expected head_dim / 2 for head_dim 16"):
+        rotary_axes(16, (3, 3, 3))
+    with pytest.raises(ConfigError, match="head_dim: 24; expected a multiple of 16"):
+        rotary_axes(24, None)
