@@ -163,17 +163,25 @@ def _turn(message: Message, place: str) -> Iterator[_Piece]:
         raise ConfigError(f"{place}.role: {role!r}; expected one of {', '.join(ROLES)}")
     answer = role == "assistant"
     yield _Piece(token="<|im_start|>")
-    yield _Piece(f"{role}\n")
+    # Neighbouring texts are tokenized as one, except that an answer begins a new one.
+    text = f"{role}\n"
+    if answer:
+        yield _Piece(text)
+        text = ""
     for part in content_parts(message.get("content"), place):
         if part["type"] == "text":
-            if part["text"]:
-                yield _Piece(part["text"], answer=answer)
-        elif answer:
+            text += part["text"]
+            continue
+        if answer:
             raise ConfigError(f"{place}: an image in an assistant turn; expected images in user turns only")
-        else:
-            yield _Piece(token="<|vision_start|>")
-            yield _Piece(token="<|image_pad|>")
-            yield _Piece(token="<|vision_end|>")
+        if text:
+            yield _Piece(text)
+        yield _Piece(token="<|vision_start|>")
+        yield _Piece(token="<|image_pad|>")
+        yield _Piece(token="<|vision_end|>")
+        text = ""
+    if text:
+        yield _Piece(text, answer=answer)
     yield _Piece(token="<|im_end|>", answer=answer)
     yield _Piece("\n")
 

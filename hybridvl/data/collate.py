@@ -13,9 +13,9 @@ from hybridvl.data.encode import Example
 from hybridvl.models.positions import PositionRules, VisualGrids, rope_positions
 
 Batch = dict[str, Any]
-"""input_ids, labels (B, T) int64; position_ids (3, B, T) int64; attention_mask (B, T) bool or cu_seqlens (N + 1,) int64;
-pixel_values (P, patch_dim) float32 and image_grid_thw (images, 3) int64 where there are images; answer_kinds, a string
-for each answer in order."""
+"""What the model and its training take: input_ids, labels (B, T) int64; position_ids (3, B, T) int64; attention_mask
+(B, T) bool or cu_seqlens (N + 1,) int64; pixel_values (P, patch_dim) float32 and image_grid_thw (images, 3) int64 where
+there are images; answer_kinds, a string for each answer in order."""
 
 
 class Collator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,13 +121,13 @@ class DigitSource(Source):
         numbers = self._scan_numbers(rng, epoch)
         page = render_page(scans()[0], numbers, self.task.cell, self.task.augment if self.training else 0.0, rng)
         labels = scans()[1][numbers]
-        messages = []
+        messages: list[dict[str, Any]] = []
         kinds = []
         turns = self.task.turns if self.training else self.task.eval_turns
         for number, (kind, question, answer) in enumerate(self._questions(labels, turns, rng)):
-            text = {"type": "text", "text": question}
             picture = [{"type": "image", "image": Image.fromarray(page)}] if number == 0 else []
-            messages += [{"role": "user", "content": [*picture, text]}, {"role": "assistant", "content": answer}]
+            messages.append({"role": "user", "content": [*picture, {"type": "text", "text": question}]})
+            messages.append({"role": "assistant", "content": answer})
             kinds.append(kind)
         return {"messages": messages, "kinds": kinds}
 

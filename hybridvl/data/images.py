@@ -1,4 +1,4 @@
-"""Images at their native resolution: opened, resized to whole merged patches, normalised and cut into rows of patches."""
+"""Images at native resolution: opened, resized to whole merged patches, normalised and cut into rows of patches."""
 
 from __future__ import annotations
 
@@ -114,10 +114,10 @@ class ImageProcessor:
         grid = (count // config.temporal_patch_size, height // config.patch_size, width // config.patch_size)
         normalised = self._table[frames, np.arange(channels)]  # (F, H, W, C)
         cut = normalised.reshape(
-            (grid[0], config.temporal_patch_size)
-            + (grid[1] // config.merge_size, config.merge_size, config.patch_size)
-            + (grid[2] // config.merge_size, config.merge_size, config.patch_size)
-            + (channels,)
+            *(grid[0], config.temporal_patch_size),
+            *(grid[1] // config.merge_size, config.merge_size, config.patch_size),
+            *(grid[2] // config.merge_size, config.merge_size, config.patch_size),
+            channels,
         )
         rows = cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(math.prod(grid), -1)
         return torch.from_numpy(np.ascontiguousarray(rows)), grid
@@ -159,18 +159,19 @@ def open_image(source: Any, place: str = "image") -> Image.Image:
     Raises:
         ConfigError: naming the file, when it is missing, truncated or not an image.
     """
+    opened: Any = source
     if isinstance(source, Image.Image):
-        opened, name = source, getattr(source, "filename", "") or "in memory"
+        name = getattr(source, "filename", "") or "in memory"
     elif isinstance(source, np.ndarray):
         return Image.fromarray(source)
     elif isinstance(source, str | Path):
-        opened, name = source, str(source)
+        name = str(source)
     elif isinstance(source, bytes):
         opened, name = io.BytesIO(source), f"of {len(source)} bytes"
     else:
         raise ConfigError(f"{place}: {type(source).__name__}; expected a PIL image, an array, a file or its bytes")
     try:
-        image = opened if isinstance(opened, Image.Image) else Image.open(opened)
+        image: Image.Image = opened if isinstance(opened, Image.Image) else Image.open(opened)
         image.load()
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{place}: image {name} cannot be read: {error}") from error

@@ -156,8 +156,8 @@ class _Encoded(Dataset[Any]):
     def __getitem__(self, key: Any) -> Example | _Failure:
         try:
             if isinstance(self.source, StreamSource):
-                place, row = key
-                return self.encoder(self.source.decode(row), f"{self.name} sample {place}")
+                number, row = key
+                return self.encoder(self.source.decode(row), f"{self.name} sample {number}")
             epoch, number = key
             return self.encoder(self.source.sample(number, epoch), f"{self.name} sample {number}")
         except ConfigError as error:
@@ -173,7 +173,7 @@ class _Chunks:
 
     def __iter__(self) -> Iterator[list[Any]]:
         chunk = []
-        for key in self.order.keys():
+        for key in self.order:
             chunk.append(key)
             if len(chunk) == self.size:
                 yield chunk

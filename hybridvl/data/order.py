@@ -18,12 +18,12 @@ class Order(ABC):
     """A sequence of sample keys. It lives in the main process; workers turn its keys into samples."""
 
     @abstractmethod
-    def keys(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:
         """The keys from the loaded state on, or from the beginning."""
 
     @abstractmethod
     def state_dict(self, consumed: int) -> dict[str, Any]:
-        """Plain values from which `keys` goes on after the first `consumed` keys since the beginning of training."""
+        """Plain values from which iteration goes on after the first `consumed` keys since the beginning of training."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> int:
@@ -57,7 +57,7 @@ class NumberOrder(Order):
         """Samples in an epoch of this process; all processes have the same number when it is endless."""
         return -(-(self.size - (0 if self.endless else self.rank)) // self.world)
 
-    def keys(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch, done = divmod(self._consumed, self.share)
         while True:
             numbers = self._numbers(epoch)
@@ -81,7 +81,7 @@ class NumberOrder(Order):
 
 
 class StreamOrder(Order):
-    """Raw rows of a `StreamSource`, shuffled within blocks, so that any point can be returned to exactly.
+    """Rows of a `StreamSource`, shuffled within blocks so that any point can be returned to: key (number, row).
 
     Args:
         source: the stream.
@@ -110,7 +110,7 @@ class StreamOrder(Order):
         self._start: dict[str, Any] = {"samples": 0, "epoch": 0, "block": 0, "skip": 0, "stream": None}
         self._marks: deque[dict[str, Any]] = deque()
 
-    def keys(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
         mark: dict[str, Any] = dict(self._start)
         self._marks.clear()
         skip = mark.pop("skip")
@@ -120,16 +120,16 @@ class StreamOrder(Order):
             while block := list(islice(rows, self.block * self.world)):
                 self._marks.append(dict(mark))
                 mine = self._shuffled(block, mark["epoch"], mark["block"])
-                yield from mine[skip:]
+                yield from enumerate(mine[skip:], mark["samples"] + skip)
                 read += len(block)
                 mark["samples"] += len(mine)
                 mark["block"] += 1
                 mark["stream"] = self.source.state_dict()
                 skip = 0
+            if not read and mark["stream"] is None:
+                raise ConfigError("data.task: the stream is empty; expected at least one sample")
             if not self.endless:
                 return
-            if not read and mark["stream"] is None:
-                raise ConfigError("data.task: the stream has no rows; expected at least one")
             mark |= {"epoch": mark["epoch"] + 1, "block": 0, "stream": None}
 
     def state_dict(self, consumed: int) -> dict[str, Any]:

@@ -41,9 +41,8 @@ def render_page(
     ink = np.power(ink.reshape(lines, cell, columns, cell), strokes).reshape(ink.shape)
     paper = PAPER - augment * rng.uniform(-12, 28)
     full = INK + augment * rng.uniform(-12, 56)
-    lamp = augment * (
-        np.linspace(*rng.uniform(-8, 8, 2), ink.shape[0])[:, None] + np.linspace(*rng.uniform(-8, 8, 2), ink.shape[1])
-    )
+    down, across = rng.uniform(-8 * augment, 8 * augment, (2, 2))
+    lamp = np.linspace(down[0], down[1], ink.shape[0])[:, None] + np.linspace(across[0], across[1], ink.shape[1])
     grain = rng.standard_normal(ink.shape, dtype=np.float32) * np.float32(augment * rng.uniform(0, 9))
     page = paper + (full - paper) * ink + lamp + grain
     return np.rint(np.clip(page, 0, 255)).astype(np.uint8)

@@ -75,14 +75,12 @@ def load_tokenizer(name_or_path: str = BUILTIN) -> PreTrainedTokenizerFast:
             f"tokenizer {name_or_path!r} cannot be loaded: {reason}; "
             f"expected {BUILTIN!r}, a folder with tokenizer.json or the id of a Hugging Face model"
         ) from error
-    if not tokenizer.is_fast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ConfigError(f"tokenizer {name_or_path!r} has no tokenizer.json; expected a fast tokenizer")
     known = tokenizer.get_vocab()
     missing = [token for token in SPECIAL_TOKENS if token not in known]
     if missing:
-        raise ConfigError(
-            f"tokenizer {name_or_path!r} lacks {', '.join(missing)}; expected the ChatML and vision tokens of Qwen2.5-VL"
-        )
+        raise ConfigError(f"tokenizer {name_or_path!r} lacks {', '.join(missing)}; expected Qwen2.5-VL's chat tokens")
     return tokenizer
 
 
