@@ -47,10 +47,15 @@ def mixer_class(name: str) -> type[MixerConfig]:
     installed = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
     if name in installed:
         return register(name)(installed[name].load())
-    known = sorted({*MIXERS, *installed})
+    known = known_mixers()
     near = difflib.get_close_matches(name, known, n=1)
     hint = f", did you mean {near[0]!r}?" if near else ""
     raise ConfigError(f"unknown mixer {name!r}{hint} (known: {', '.join(known)})")
+
+
+def known_mixers() -> list[str]:
+    """All names that `mixer_class` takes, import paths aside: the registered mixers and the installed entry points."""
+    return sorted({*MIXERS, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
 
 
 def _import_config(path: str) -> type[MixerConfig]:

@@ -15,7 +15,7 @@ def check_types(config: MixerConfig) -> None:
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         hint = hints[field.name]
-        expect(config, field.name, _fits(getattr(config, field.name), hint), _spell(hint))
+        expect(config, field.name, fits(getattr(config, field.name), hint), spell(hint))
 
 
 def expect(config: MixerConfig, field: str, holds: bool, accepted: str) -> None:
@@ -37,18 +37,33 @@ def expect_positive(config: MixerConfig, *fields: str) -> None:
         expect(config, field, 0 < getattr(config, field) < float("inf"), "a number above 0")
 
 
-def _fits(value: object, hint: object) -> bool:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
+def fits(value: object, hint: object) -> bool:
+    """Whether a value has an annotated type: a class, a union, Literal, or a tuple or list of those."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if hint is typing.Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in options)
+    if origin is typing.Literal:
+        return any(type(value) is type(option) and value == option for option in options)
+    if origin is tuple and isinstance(value, tuple):
+        each = options[:1] * len(value) if options[1:] == (...,) else options
+        return len(each) == len(value) and all(map(fits, value, each))
+    if origin is list and isinstance(value, list):
+        return all(fits(item, options[0]) for item in value)
     if hint is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, typing.get_origin(hint) or hint)  # type: ignore[arg-type]
+    return isinstance(value, origin or hint)  # type: ignore[arg-type]
 
 
-def _spell(hint: object) -> str:
+def spell(hint: object) -> str:
+    """An annotated type in words: "an integer or null"."""
     names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", types.NoneType: "null"}
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_spell(option) for option in typing.get_args(hint))
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(spell(option) for option in options)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, options))}"
     return names.get(hint, str(hint))  # type: ignore[call-overload]
