@@ -41,7 +41,7 @@ def known_keys(parser: ArgumentParser) -> set[str]:
     for action in parser._actions:
         keys.add(action.dest)
         keys |= {f"{action.dest}.{field}" for field in _fields(getattr(action, "_typehint", None))}
-    return {key for key in keys if not key.split(".")[-1] == "help" and ".help." not in key}
+    return {key for key in keys if key.split(".")[-1] != "help" and ".help." not in key}
 
 
 def _unknown(key: str, known: set[str], files: Iterable[Path]) -> str:

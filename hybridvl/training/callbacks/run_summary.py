@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from hybridvl.training.callbacks.checkpoints import BEST, LAST, Checkpoints, checkpoint_folder
 from hybridvl.training.callbacks.throughput import Throughput
 from hybridvl.training.supervised import SupervisedTuning
-
-PACKAGES = ("hybridvl", "torch", "lightning", "jsonargparse", "omegaconf", "transformers", "datasets", "numpy")
+from hybridvl.training.versions import versions
 
 
 class RunSummary(Callback):
@@ -104,17 +101,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages a result depends on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _checkpoint(trainer: Trainer) -> str | None:
