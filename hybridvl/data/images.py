@@ -140,8 +140,8 @@ def smart_resize(
         raise ConfigError(
             f"{place}: {width}x{height} pixels; expected sides that differ less than {MAX_ASPECT_RATIO} times"
         )
-    new_height = max(factor, round(height / factor) * factor)
-    new_width = max(factor, round(width / factor) * factor)
+    new_height = round(height / factor) * factor
+    new_width = round(width / factor) * factor
     if new_height * new_width > max_pixels:
         scale = math.sqrt(height * width / max_pixels)
         new_height = max(factor, math.floor(height / scale / factor) * factor)
