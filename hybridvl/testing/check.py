@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
 
 from hybridvl.layers.base import MixerConfig
 from hybridvl.layers.errors import ConfigError
-from hybridvl.testing import costs, equivalence, states
+from hybridvl.testing.costs import COSTS
+from hybridvl.testing.equivalence import EQUIVALENCE
+from hybridvl.testing.states import STATES
 from hybridvl.testing.subject import Comparison, Subject
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 """Largest accepted |difference| / max |expected|, by dtype."""
 
-PROPERTIES: dict[str, Callable[[Subject], Iterator[Comparison]]] = {
-    "output": equivalence.output,
-    "causality": equivalence.causality,
-    "rows": equivalence.rows,
-    "chunks": equivalence.chunks,
-    "steps": equivalence.steps,
-    "chunk gradients": equivalence.chunk_gradients,
-    "packing": equivalence.packing,
-    "packing gradients": equivalence.packing_gradients,
-    "left padding": equivalence.left_padding,
-    "right padding": equivalence.right_padding,
-    "scattered padding": equivalence.scattered_padding,
-    "padding gradients": equivalence.padding_gradients,
-    "final state": states.final_state,
-    "packed state": states.packed_state,
-    "padded state": states.padded_state,
-    "reset": states.reset,
-    "clone": states.clone,
-    "state_dict": states.round_trip,
-    "fixed addresses": states.fixed_addresses,
-    "state_bytes": costs.state_bytes,
-    "num_params": costs.num_params,
-    "flops": costs.flops,
-}
+MIXER_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a faulty mixer may well raise, and what then counts as a failure of the property under check."""
+
+PROPERTIES = EQUIVALENCE | STATES | COSTS
 """Name of each property -> the comparisons that show it."""
 
 
@@ -68,8 +50,8 @@ def check_mixer(
 
     width: model width D. batch: rows B, at least 2. tokens: T, at least 16. skip: names of properties to leave out
     ("flops" for a backend other than the PyTorch one). Returns the worst error of each property.
-    Raises MixerCheckError naming every broken property, with its worst error; ConfigError for a bad argument. What the
-    mixer itself raises passes through, with a note that says which property was being checked.
+    Raises MixerCheckError naming every broken property, with its worst error (infinite where the mixer raised);
+    ConfigError for a bad argument, or from `config.build`.
     """
     unknown = sorted(set(skip) - PROPERTIES.keys())
     if unknown:
@@ -82,8 +64,7 @@ def check_mixer(
         for name in (name for name in PROPERTIES if name not in skip):
             # A fresh subject each time: a property's numbers do not depend on which others are checked.
             subject = Subject(config, width, batch, tokens, seed, dtype)
-            for what, found, expected in _noted(name, PROPERTIES[name](subject)):
-                error = relative_error(found, expected)
+            for what, error in _errors(PROPERTIES[name](subject)):
                 worst[name] = max(worst.get(name, 0.0), error)
                 if error > max(tolerance, failures.get(name, (0.0, ""))[0]):
                     failures[name] = error, f"{what}, {str(dtype).removeprefix('torch.')}, accepted {tolerance:g}"
@@ -103,9 +84,10 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return difference / scale if scale > 0 else difference
 
 
-def _noted(name: str, comparisons: Iterator[Comparison]) -> Iterator[Comparison]:
+def _errors(comparisons: Iterator[Comparison]) -> Iterator[tuple[str, float]]:
+    """What was compared and its error; infinite, and the last, when the mixer raises."""
     try:
-        yield from comparisons
-    except Exception as error:
-        error.add_note(f"raised while check_mixer checked {name!r}")
-        raise
+        for what, found, expected in comparisons:
+            yield what, relative_error(found, expected)
+    except MIXER_ERRORS as error:
+        yield f"raised {type(error).__name__}: {error}", float("inf")

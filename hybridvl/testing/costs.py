@@ -10,11 +10,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridvl.layers.base import State
-from hybridvl.testing.subject import Comparison, Subject
+from hybridvl.testing.subject import Comparison, Property, Subject
 
 
 @torch.no_grad()
-def state_bytes(subject: Subject) -> Iterator[Comparison]:
+def _state_bytes(subject: Subject) -> Iterator[Comparison]:
     """`state_bytes` is what a state holds, in every dtype and as the context grows."""
     for dtype in (subject.dtype, torch.bfloat16):
         mixer = subject.mixer.to(dtype)
@@ -29,7 +29,7 @@ def state_bytes(subject: Subject) -> Iterator[Comparison]:
             yield f"nbytes of {what}: allocated {state.nbytes}, declared {declared}", *_pair(state.nbytes, declared)
 
 
-def num_params(subject: Subject) -> Iterator[Comparison]:
+def _num_params(subject: Subject) -> Iterator[Comparison]:
     """`num_params` counts the module's parameters, built on the meta device, too."""
     declared = subject.config.num_params(subject.width)
     with torch.device("meta"):
@@ -40,7 +40,7 @@ def num_params(subject: Subject) -> Iterator[Comparison]:
 
 
 @torch.no_grad()
-def flops(subject: Subject) -> Iterator[Comparison]:
+def _flops(subject: Subject) -> Iterator[Comparison]:
     """`flops` is what FlopCounterMode counts, without a state, and for chunks and a step that go on from one."""
     for tokens in (1, 7, subject.tokens):
         yield _counted(subject, tokens, None, 0)
@@ -63,3 +63,11 @@ def _counted(subject: Subject, tokens: int, state: State | None, context: int) -
 
 def _pair(found: int, declared: int) -> tuple[Tensor, Tensor]:
     return torch.tensor([found], dtype=torch.float64), torch.tensor([declared], dtype=torch.float64)
+
+
+COSTS: dict[str, Property] = {
+    "state_bytes": _state_bytes,
+    "num_params": _num_params,
+    "flops": _flops,
+}
+"""Name of each property -> the comparisons that show it."""

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from hybridvl.testing.subject import Comparison, Subject
+from hybridvl.testing.subject import Comparison, Property, Subject
 
 
 @torch.no_grad()
-def output(subject: Subject) -> Iterator[Comparison]:
+def _output(subject: Subject) -> Iterator[Comparison]:
     """Shape and dtype are the input's; a call without a state leaves no trace in the module."""
     y = subject.run(subject.x)
     yield f"shape and dtype of the output ({tuple(y.shape)}, {y.dtype})", _signature(y), _signature(subject.x)
@@ -20,7 +20,7 @@ def output(subject: Subject) -> Iterator[Comparison]:
 
 
 @torch.no_grad()
-def causality(subject: Subject) -> Iterator[Comparison]:
+def _causality(subject: Subject) -> Iterator[Comparison]:
     """No output depends on a later token."""
     y = subject.run(subject.x)
     for cut in sorted({1, 5, subject.tokens // 2, subject.tokens - 1}):
@@ -30,7 +30,7 @@ def causality(subject: Subject) -> Iterator[Comparison]:
 
 
 @torch.no_grad()
-def rows(subject: Subject) -> Iterator[Comparison]:
+def _rows(subject: Subject) -> Iterator[Comparison]:
     """Rows of a batch do not mix, without and with a state."""
     y = subject.run(subject.x)
     together = subject.mixer.init_state(subject.batch)
@@ -43,7 +43,7 @@ def rows(subject: Subject) -> Iterator[Comparison]:
 
 
 @torch.no_grad()
-def chunks(subject: Subject) -> Iterator[Comparison]:
+def _chunks(subject: Subject) -> Iterator[Comparison]:
     """Any split into chunks with the state carried gives the outputs of one pass."""
     y = subject.run(subject.x)
     for sizes in (subject.sizes, subject.even_sizes, [subject.tokens]):
@@ -52,13 +52,13 @@ def chunks(subject: Subject) -> Iterator[Comparison]:
 
 
 @torch.no_grad()
-def steps(subject: Subject) -> Iterator[Comparison]:
+def _steps(subject: Subject) -> Iterator[Comparison]:
     """Token by token gives the outputs of one pass."""
     found = subject.run_chunks(subject.x, [1] * subject.tokens, subject.mixer.init_state(subject.batch))
     yield "outputs token by token", found, subject.run(subject.x)
 
 
-def chunk_gradients(subject: Subject) -> Iterator[Comparison]:
+def _chunk_gradients(subject: Subject) -> Iterator[Comparison]:
     """Where autograd records, a state carries gradients: chunks and steps give those of one pass."""
     weight = subject.noise(*subject.x.shape)
     expected = subject.gradients(subject.run, subject.x, weight)
@@ -71,7 +71,7 @@ def chunk_gradients(subject: Subject) -> Iterator[Comparison]:
 
 
 @torch.no_grad()
-def packing(subject: Subject) -> Iterator[Comparison]:
+def _packing(subject: Subject) -> Iterator[Comparison]:
     """Segments packed into one row do not see one another; with a state, neither do its rows."""
     x = subject.x[:1]
     parts = x.split(subject.sizes, dim=1)
@@ -87,7 +87,7 @@ def packing(subject: Subject) -> Iterator[Comparison]:
     yield "segments continued in a second packed row", found, expected
 
 
-def packing_gradients(subject: Subject) -> Iterator[Comparison]:
+def _packing_gradients(subject: Subject) -> Iterator[Comparison]:
     """A packed row has the gradients of its segments."""
     x = subject.x[:1]
     weight = subject.noise(*x.shape)
@@ -99,33 +99,34 @@ def packing_gradients(subject: Subject) -> Iterator[Comparison]:
     yield from subject.compare_gradients("packed", found, subject.gradients(alone, x, weight))
 
 
-def left_padding(subject: Subject) -> Iterator[Comparison]:
+def _left_padding(subject: Subject) -> Iterator[Comparison]:
     """Padding on the left changes nothing, whatever it holds."""
     yield from _padding(subject, "left")
 
 
-def right_padding(subject: Subject) -> Iterator[Comparison]:
+def _right_padding(subject: Subject) -> Iterator[Comparison]:
     """Padding on the right changes nothing, whatever it holds."""
     yield from _padding(subject, "right")
 
 
-def scattered_padding(subject: Subject) -> Iterator[Comparison]:
+def _scattered_padding(subject: Subject) -> Iterator[Comparison]:
     """Padding between tokens changes nothing, whatever it holds."""
     yield from _padding(subject, "scattered")
 
 
-def padding_gradients(subject: Subject) -> Iterator[Comparison]:
+def _padding_gradients(subject: Subject) -> Iterator[Comparison]:
     """Padded rows have the gradients of the rows alone, and none reaches the padding."""
     for side in ("left", "right", "scattered"):
         x, mask = subject.padded(side)
-        weight = subject.noise(*x.shape)
-        real = mask.any() & mask
-        found = subject.gradients(lambda x, m=mask: subject.run_padded(x, m)[m], x, weight[real])
+        weight = subject.noise(*x.shape)[mask]
+
+        def padded(x: Tensor, mask: Tensor = mask) -> Tensor:
+            return subject.run_padded(x, mask)[mask]
 
         def alone(x: Tensor, mask: Tensor = mask) -> Tensor:
             return torch.cat([subject.run(x[row : row + 1, mask[row]])[0] for row in range(subject.batch)])
 
-        expected = subject.gradients(alone, x, weight[real])
+        found, expected = (subject.gradients(forward, x, weight) for forward in (padded, alone))
         yield from subject.compare_gradients(f"{side} padding", found, expected)
 
 
@@ -150,3 +151,20 @@ def _padding(subject: Subject, side: str) -> Iterator[Comparison]:
 def _signature(x: Tensor) -> Tensor:
     kinds = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
     return torch.tensor([*x.shape, kinds.index(x.dtype)], dtype=torch.float64)
+
+
+EQUIVALENCE: dict[str, Property] = {
+    "output": _output,
+    "causality": _causality,
+    "rows": _rows,
+    "chunks": _chunks,
+    "steps": _steps,
+    "chunk gradients": _chunk_gradients,
+    "packing": _packing,
+    "packing gradients": _packing_gradients,
+    "left padding": _left_padding,
+    "right padding": _right_padding,
+    "scattered padding": _scattered_padding,
+    "padding gradients": _padding_gradients,
+}
+"""Name of each property -> the comparisons that show it."""

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from hybridvl.layers.base import State
-from hybridvl.testing.subject import Comparison, Subject, compare_states
+from hybridvl.testing.subject import Comparison, Property, Subject, compare_states
 
 
 @torch.no_grad()
-def final_state(subject: Subject) -> Iterator[Comparison]:
+def _final_state(subject: Subject) -> Iterator[Comparison]:
     """The state after one pass, chunks and steps is the same."""
     whole = _state_after(subject, [subject.tokens])
     for what, sizes in (("in chunks", subject.sizes), ("token by token", [1] * subject.tokens)):
@@ -20,7 +20,7 @@ def final_state(subject: Subject) -> Iterator[Comparison]:
 
 
 @torch.no_grad()
-def packed_state(subject: Subject) -> Iterator[Comparison]:
+def _packed_state(subject: Subject) -> Iterator[Comparison]:
     """Each row of a packed call's state is that of its segment alone."""
     x, sizes = subject.x[:1], subject.sizes
     state = subject.mixer.init_state(len(sizes))
@@ -32,7 +32,7 @@ def packed_state(subject: Subject) -> Iterator[Comparison]:
 
 
 @torch.no_grad()
-def padded_state(subject: Subject) -> Iterator[Comparison]:
+def _padded_state(subject: Subject) -> Iterator[Comparison]:
     """Padding never reaches the state, not even where a row has nothing else."""
     for side in ("left", "right", "scattered"):
         x, mask = subject.padded(side)
@@ -52,7 +52,7 @@ def padded_state(subject: Subject) -> Iterator[Comparison]:
 
 
 @torch.no_grad()
-def reset(subject: Subject) -> Iterator[Comparison]:
+def _reset(subject: Subject) -> Iterator[Comparison]:
     """A reset state is as good as new."""
     state = _state_after(subject, subject.sizes)
     state.reset()
@@ -61,7 +61,7 @@ def reset(subject: Subject) -> Iterator[Comparison]:
 
 
 @torch.no_grad()
-def clone(subject: Subject) -> Iterator[Comparison]:
+def _clone(subject: Subject) -> Iterator[Comparison]:
     """A clone goes on as the original would, and neither touches the other."""
     state = _state_after(subject, subject.sizes)
     copy = state.clone()
@@ -77,7 +77,7 @@ def clone(subject: Subject) -> Iterator[Comparison]:
 
 
 @torch.no_grad()
-def round_trip(subject: Subject) -> Iterator[Comparison]:
+def _round_trip(subject: Subject) -> Iterator[Comparison]:
     """state_dict and load_state_dict carry a state over to a new one."""
     state = _state_after(subject, subject.sizes)
     restored = subject.mixer.init_state(subject.batch)
@@ -89,7 +89,7 @@ def round_trip(subject: Subject) -> Iterator[Comparison]:
 
 
 @torch.no_grad()
-def fixed_addresses(subject: Subject) -> Iterator[Comparison]:
+def _fixed_addresses(subject: Subject) -> Iterator[Comparison]:
     """A state of constant size is updated in place: its tensors never move."""
     sizes = {subject.state_bytes(context) for context in (0, 1, subject.tokens, 64 * subject.tokens)}
     if len(sizes) > 1:
@@ -113,7 +113,52 @@ def _state_after(subject: Subject, sizes: list[int]) -> State:
     return state
 
 
+def _neither_kept_nor_copied(old: Tensor, new: Tensor, other: Tensor) -> Tensor:
+    """The share of numbers that one more token has recomputed from the past, (1,) float64; 0 below a quarter.
+
+    Kept: as before, in place or moved by one along an axis. Copied from the token: the same after another history.
+    """
+    explained = (new == old) | (new == other)
+    for axis in range(1, new.dim()):
+        explained |= (new == old.roll(1, axis)) | (new == old.roll(-1, axis))
+    share = 1 - explained.double().mean()
+    return torch.where(share > 0.25, share, 0.0).reshape(1)
+
+
 def _addresses(state: State) -> Tensor:
-    """Offsets from the lowest address, which float64 holds exactly, and that address in two halves."""
-    found = [tensor.data_ptr() for tensor in state.tensors().values()]
-    return torch.tensor([part for pointer in found for part in divmod(pointer, 1 << 24)], dtype=torch.float64)
+    """Addresses in halves, and sizes: numbers that float64 tells apart relative to their maximum."""
+    found = [(*divmod(tensor.data_ptr(), 1 << 24), tensor.numel()) for tensor in state.tensors().values()]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@torch.no_grad()
+def _wide_recurrence(subject: Subject) -> Iterator[Comparison]:
+    """In a bfloat16 model the state keeps in bfloat16 only what it copies, never what it computes from its past."""
+    mixer, dtype = subject.mixer.to(torch.bfloat16), torch.bfloat16
+    histories = [subject.noise(1, subject.tokens, subject.width).to(dtype) for _ in range(2)]
+    token = subject.noise(1, 1, subject.width).to(dtype)
+    before, after = [], []
+    for history in histories:
+        state = mixer.init_state(1, dtype=dtype)
+        subject.run(history, state)
+        before.append(state.clone().tensors())
+        subject.run(token, state, subject.tokens)
+        after.append(state.tensors())
+    for name, new in after[0].items():
+        old, other = before[0][name], after[1][name]
+        if new.dtype == dtype and new.shape == old.shape:
+            computed = _neither_kept_nor_copied(old, new, other)
+            yield f"state tensor {name} in bfloat16 is recomputed from itself", computed, torch.zeros_like(computed)
+
+
+STATES: dict[str, Property] = {
+    "final state": _final_state,
+    "packed state": _packed_state,
+    "padded state": _padded_state,
+    "reset": _reset,
+    "clone": _clone,
+    "state_dict": _round_trip,
+    "fixed addresses": _fixed_addresses,
+    "wide recurrence": _wide_recurrence,
+}
+"""Name of each property -> the comparisons that show it."""

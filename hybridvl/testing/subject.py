@@ -13,6 +13,8 @@ from hybridvl.layers.rotary import rotary_table
 Comparison = tuple[str, Tensor, Tensor]
 """What is compared, the value found, the value expected."""
 
+Property = Callable[["Subject"], Iterator[Comparison]]
+
 
 class Subject:
     """A mixer with perturbed weights and the inputs on which its properties are checked."""
@@ -25,7 +27,7 @@ class Subject:
             self.mixer: Mixer = config.build(width).to(dtype)
         with torch.no_grad():
             for parameter in self.mixer.parameters():  # zeros and ones would hide faults
-                parameter += 0.1 * self.noise(*parameter.shape).to(parameter.dtype)
+                parameter.add_(0.1 * self.noise(*parameter.shape).to(parameter.dtype))
         self.x = self.noise(batch, tokens, width)
         half = tokens // 2
         self.sizes = [half, 1, 3, tokens - half - 4]  # uneven: long, single, short
