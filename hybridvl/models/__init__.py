@@ -1,5 +1,18 @@
 """Vision-language models: a decoder built from a layer pattern, the Qwen2.5-VL vision tower, checkpoints."""
 
+from hybridvl.models.checkpoints import load, save
 from hybridvl.models.config import ModelConfig, VisionConfig
+from hybridvl.models.decoder import ModelState
+from hybridvl.models.generation import Sampling
+from hybridvl.models.vlm import ModelOutput, VisionLanguageModel
 
-__all__ = ["ModelConfig", "VisionConfig"]
+__all__ = [
+    "ModelConfig",
+    "ModelOutput",
+    "ModelState",
+    "Sampling",
+    "VisionConfig",
+    "VisionLanguageModel",
+    "load",
+    "save",
+]

@@ -16,7 +16,7 @@ from hybridvl.layers import ConfigError
 from hybridvl.models.config import ModelConfig
 from hybridvl.models.foreign import translate_config, translate_name
 from hybridvl.models.vlm import VisionLanguageModel
-from hybridvl.models.weights import PICKLES, read_json, read_weights, write_json, write_weights
+from hybridvl.models.weights import PICKLES, read_json, read_weights, weight_names, write_json, write_weights
 from hybridvl.pattern import parse_pattern
 
 FORMAT_VERSION = 1
@@ -68,7 +68,7 @@ def save(model: VisionLanguageModel, path: str | Path, format: str = "hybridvl")
 
 def read_config(path: str | Path) -> ModelConfig:
     """The configuration of the model in a folder, from config.json and, for foreign folders, the tensors' names."""
-    return _read(_folder(path))[0]
+    return _read_config(_folder(path))[0]
 
 
 def check_same_model(saved: ModelConfig, own: ModelConfig, place: str) -> None:
@@ -107,18 +107,27 @@ def _download(hub_id: str) -> Path:
 
 
 def _read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The configuration, and all tensors under our names."""
+    config, values = _read_config(folder)
+    tensors = read_weights(folder)
+    if "pattern" not in values:
+        tensors = {translate_name(name, values, str(folder)): tensor for name, tensor in tensors.items()}
+    return config, tensors
+
+
+def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Our configuration, and what config.json says."""
     place = folder / "config.json"
     if not place.is_file():
         raise ConfigError(f"{folder}: holds no config.json; expected a checkpoint folder")
     values = read_json(place)
-    tensors = read_weights(folder)
     if "pattern" not in values:
-        renamed = {translate_name(name, values, str(place)): tensor for name, tensor in tensors.items()}
-        return translate_config(values, tensors, str(place)), renamed
-    version = values.pop("format_version", None)
+        return translate_config(values, weight_names(folder), str(place)), values
+    version = values.get("format_version")
     if version != FORMAT_VERSION:
         raise ConfigError(f"{place}: format_version {version!r}; expected {FORMAT_VERSION}")
-    return ModelConfig.from_dict(values, str(place)), tensors
+    own = {key: value for key, value in values.items() if key != "format_version"}
+    return ModelConfig.from_dict(own, str(place)), values
 
 
 def _check_tensors(model: VisionLanguageModel, tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridvl.layers import ConfigError
+from hybridvl.layers.norms import at_least_float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +110,8 @@ def row_ends(position_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Te
     return largest.amax(1) + 1
 
 
-def rotary_axes(head_dim: int, sections: tuple[int, ...] | None) -> list[int]:
-    """For each of the head_dim / 2 frequencies the axis (0 t, 1 h, 2 w) whose position turns it.
-
-    sections: how many frequencies each axis gets, in order; None splits them 1/4, 3/8, 3/8.
-    """
+def rotary_sections(head_dim: int, sections: tuple[int, ...] | None) -> tuple[int, ...]:
+    """How many of the head_dim / 2 frequencies turn with each axis (t, h, w), in order; None splits 1/4, 3/8, 3/8."""
     if sections is None:
         if head_dim % 16:
             raise ConfigError(f"head_dim: {head_dim}; expected a multiple of 16, or rope_sections that add up to half")
@@ -122,20 +120,23 @@ def rotary_axes(head_dim: int, sections: tuple[int, ...] | None) -> list[int]:
         raise ConfigError(
             f"rope_sections: {list(sections)} add up to {sum(sections)}; expected head_dim / 2 for head_dim {head_dim}"
         )
-    return [axis for axis, size in enumerate(sections) for _ in range(size)]
+    return tuple(sections)
 
 
-def multimodal_rotary(position_ids: Tensor, axes: list[int], theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, T, K), frequencies doubled for rotate-half, of positions (3, B, T); axes as in `rotary_axes`.
+def multimodal_rotary(
+    position_ids: Tensor, sections: tuple[int, ...], theta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, T, K), frequencies doubled for rotate-half, of positions (3, B, T).
 
-    Angles are computed in float32 (float64 for a float64 dtype), the tables are returned in `dtype`.
+    sections: as `rotary_sections` gives them. Angles are computed in float32 (float64 for a float64 dtype), the tables
+    are returned in `dtype`.
     """
-    exact = torch.float64 if dtype == torch.float64 else torch.float32
-    half = len(axes)
+    exact = at_least_float32(dtype)
+    half = sum(sections)
     exponents = torch.arange(0, 2 * half, 2, device=position_ids.device).to(exact) / (2 * half)
-    by_axis = position_ids.permute(1, 2, 0).to(exact)  # (B, T, 3)
-    angles = by_axis[..., torch.tensor(axes, device=position_ids.device)] * (1.0 / theta**exponents)
-    angles = torch.cat((angles, angles), dim=-1)  # (B, T, K)
+    frequencies = (1.0 / theta**exponents).split(sections)
+    by_axis = position_ids.to(exact).unsqueeze(-1)  # (3, B, T, 1)
+    angles = torch.cat([axis * part for axis, part in zip(by_axis, frequencies, strict=True)] * 2, dim=-1)  # (B, T, K)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -164,7 +165,7 @@ class _Visuals:
                 piece, position = self._place_visual(ids[done:], position)
                 pieces.append(piece)
                 done += piece.shape[1]
-        return torch.cat(pieces, dim=1) if pieces else torch.empty(3, 0, dtype=torch.int64)
+        return torch.cat(pieces, dim=1) if pieces else torch.empty(3, 0, dtype=torch.int64, device="cpu")
 
     def finish(self) -> None:
         """Complain about grids that no token referred to."""

@@ -18,7 +18,7 @@ from hybridvl.models.positions import (
     check_layout,
     multimodal_rotary,
     rope_positions,
-    rotary_axes,
+    rotary_sections,
     row_ends,
     row_lengths,
 )
@@ -57,7 +57,7 @@ class VisionLanguageModel(nn.Module):
         self.config = config
         self.pattern = str(pattern)
         self.mixer_configs: list[MixerConfig] = pattern.configs(config.mixers, path="mixers")
-        self._rotary_axes = _axes_by_dim(self.mixer_configs, config)
+        self._rotary_sections = _sections_by_dim(self.mixer_configs, config)
         self.visual = None
         if config.vision is not None:
             self.visual = VisionTower(config.vision, config.width, config.activation_checkpointing)
@@ -216,8 +216,8 @@ class VisionLanguageModel(nn.Module):
         if tuple(position_ids.shape) != (3, *shape):
             raise ConfigError(f"position_ids: shape {tuple(position_ids.shape)}; expected {(3, *shape)}")
         rotary = {
-            dim: multimodal_rotary(position_ids, axes, self.config.rope_theta, embeds.dtype)
-            for dim, axes in self._rotary_axes.items()
+            dim: multimodal_rotary(position_ids, sections, self.config.rope_theta, embeds.dtype)
+            for dim, sections in self._rotary_sections.items()
         }
         mask = None if attention_mask is None else attention_mask != 0
         states = None if state is None else state.layers
@@ -272,11 +272,11 @@ def position_rules(config: ModelConfig, video_convention: str | None = None) -> 
     )
 
 
-def _axes_by_dim(mixers: list[MixerConfig], config: ModelConfig) -> dict[int, list[int]]:
+def _sections_by_dim(mixers: list[MixerConfig], config: ModelConfig) -> dict[int, tuple[int, ...]]:
     dims = sorted({dim for mixer in mixers for dim in mixer.rotary_dims})
     if config.vision is None and config.rope_sections is None:
-        return {dim: [0] * (dim // 2) for dim in dims}  # text alone: the three axes agree
-    return {dim: rotary_axes(dim, config.rope_sections) for dim in dims}
+        return {dim: (dim // 2, 0, 0) for dim in dims}  # text alone: the three axes agree
+    return {dim: rotary_sections(dim, config.rope_sections) for dim in dims}
 
 
 def _check_count(kind: str, token: int, found: int, wanted: int) -> None:

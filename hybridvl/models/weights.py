@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hybridvl.layers import ConfigError
@@ -26,6 +26,15 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     for file in _weight_files(folder):
         tensors |= _read_file(file)
     return tensors
+
+
+def weight_names(folder: Path) -> list[str]:
+    """The names of all tensors in the folder, without reading the tensors."""
+    names: list[str] = []
+    for file in _weight_files(folder):
+        with _opened(file) as reader:
+            names += reader.keys()
+    return names
 
 
 def write_weights(tensors: Mapping[str, Tensor], folder: Path) -> None:
@@ -90,8 +99,16 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
+    with _opened(file) as reader:
+        return {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 - not a mapping
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A reader of a safetensors file; whatever is wrong with the file is a ConfigError."""
     try:
-        return load_file(file)
+        with safe_open(file, framework="pt") as reader:
+            yield reader
     except FileNotFoundError as error:
         raise ConfigError(f"{file}: no such file, though the index lists it") from error
     except (SafetensorError, OSError) as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from model_cases import DATA, IMAGE, prompts, relative_error, small_config, small_model
 from safetensors.torch import load_file, save_file
 
@@ -203,6 +204,26 @@ def test_broken_folders(folder: Path, tmp_path: Path) -> None:
     refuses("saved: holds no config.json")
     config.write_text(text)
     hybridvl.load(folder)
+
+
+def test_hub_ids(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def download(hub_id: str, allow_patterns: list[str]) -> str:
+        asked.append(hub_id)
+        assert all(pattern in ("*.json", "*.safetensors") for pattern in allow_patterns)
+        if hub_id.endswith("none"):
+            raise LocalEntryNotFoundError("offline\nlong explanation")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert hybridvl.load("some-org/some.model").pattern == "swa gdn"
+    with pytest.raises(ConfigError, match=r"^some-org/none: no such folder, and not to be had from the hub: offline$"):
+        hybridvl.load("some-org/none")
+    monkeypatch.chdir(folder.parent)
+    with pytest.raises(ConfigError, match="saved/none: no such folder; expected"):
+        hybridvl.load("saved/none")  # a folder "saved" is here, so no hub id is meant
+    assert asked == ["some-org/some.model", "some-org/none"]
 
 
 @pytest.mark.parametrize(

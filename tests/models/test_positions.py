@@ -17,7 +17,7 @@ from hybridvl.models.positions import (
     VisualGrids,
     multimodal_rotary,
     rope_positions,
-    rotary_axes,
+    rotary_sections,
     row_ends,
     row_lengths,
 )
@@ -46,14 +46,16 @@ def test_recorded_positions(qwen: Recorded, case: str, convention: str) -> None:
 
 
 def test_recorded_tables(qwen: Recorded) -> None:
-    cos, sin = multimodal_rotary(qwen.expected["images.position_ids"], rotary_axes(16, (2, 3, 3)), 1e6, torch.float32)
+    cos, sin = multimodal_rotary(
+        qwen.expected["images.position_ids"], rotary_sections(16, (2, 3, 3)), 1e6, torch.float32
+    )
     torch.testing.assert_close(cos, qwen.expected["images.rope_cos"], atol=1e-6, rtol=0)
     torch.testing.assert_close(sin, qwen.expected["images.rope_sin"], atol=1e-6, rtol=0)
 
 
 def test_tables_by_hand() -> None:
     positions = torch.tensor([[[5]], [[7]], [[11]]])
-    cos, _ = multimodal_rotary(positions, rotary_axes(16, None), 100.0, torch.float64)
+    cos, _ = multimodal_rotary(positions, rotary_sections(16, None), 100.0, torch.float64)
     axes = [5, 5, 7, 7, 7, 11, 11, 11]
     wanted = [math.cos(position * 100.0 ** (-i / 8)) for i, position in enumerate(axes)]
     assert cos[0, 0].tolist() == pytest.approx(wanted * 2, abs=1e-12)
@@ -117,8 +119,8 @@ def test_tokens_must_match_grids(ids: list[int], message: str) -> None:
 
 
 def test_sections_must_fit_the_head() -> None:
-    assert rotary_axes(128, None) == [0] * 16 + [1] * 24 + [2] * 24
+    assert rotary_sections(128, None) == (16, 24, 24)
     with pytest.raises(ConfigError, match=r"add up to 9; expected head_dim / 2 for head_dim 16"):
-        rotary_axes(16, (3, 3, 3))
+        rotary_sections(16, (3, 3, 3))
     with pytest.raises(ConfigError, match="head_dim: 24; expected a multiple of 16"):
-        rotary_axes(24, None)
+        rotary_sections(24, None)

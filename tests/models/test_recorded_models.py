@@ -73,6 +73,17 @@ def test_logits_hidden_states_and_tokens(name: str, case: str, convention: str) 
         assert torch.equal(tokens[:, ids.shape[1] :], wanted[f"{case}.{convention}generated"])
 
 
+@pytest.mark.parametrize(
+    ("name", "pattern", "parameters"),
+    [(QWEN, "full*4", 242_976), (INFINITE, "(swa gdn*3)*2", 366_840), (MAMBA, "mamba2*3", 79_062)],
+)
+def test_patterns_and_sizes(name: str, pattern: str, parameters: int) -> None:
+    model = hybridvl.load(DATA / name)
+    assert model.pattern == pattern
+    assert model.num_params == parameters
+    assert not model.training
+
+
 @pytest.mark.parametrize("case", ["images", "video", "textpad"])
 def test_positions_and_deltas(infinite: tuple[VisionLanguageModel, Recorded], case: str) -> None:
     model, recorded = infinite
