@@ -34,8 +34,8 @@ def attention(
     cu_seqlens: (N + 1,) boundaries of the segments packed into one row (B = 1, S = T): none sees another.
     key_padding_mask: (B, S) bool, True at real keys; others are seen by none.
     mask: (B, T, S) bool, True where a query may see a key, instead of all of this causal structure.
-    Returns (B, T, H, V) in q's dtype; a query that sees no key gives zeros. The windowed form takes O(T window) time and
-    O(window) scratch. Raises ConfigError naming a misshapen argument.
+    Returns (B, T, H, V) in q's dtype; a query that sees no key gives zeros. The windowed form takes O(T window) time
+    and O(window) scratch. Raises ConfigError naming a misshapen argument.
     """
     _check(q, k, v, window, cu_seqlens, key_padding_mask, mask)
     factor = q.shape[-1] ** -0.5 if scale is None else scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Sequence as Items
 
 import torch
@@ -47,7 +48,7 @@ def check_segments(op: str, cu_seqlens: Tensor | None, batch: int, tokens: int) 
     if batch != 1:
         raise ConfigError(f"{op}: cu_seqlens needs one packed row, got a batch of {batch}")
     bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in itertools.pairwise(bounds)):
         raise ConfigError(f"{op}: cu_seqlens is {bounds}, expected to rise from 0 to the {tokens} tokens of the row")
 
 

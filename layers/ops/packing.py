@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 SegmentOp = Callable[[list[Tensor], Tensor | None, Tensor], tuple[Tensor, Tensor | None]]
-"""(tokens, each (n, L, ...); states (n, ...) or None; lengths (n,) int64) -> (output (n, L, ...), final states or None)."""
+"""(tokens, each (n, L, ...), states (n, ...) or None, lengths (n,) int64) -> output (n, L, ...), final states or None."""
 
 
 class _Bucket(NamedTuple):
@@ -47,7 +48,7 @@ def map_segments(
     bounds = cu_seqlens.tolist()
     device = tokens[0].device
     by_size: dict[int, list[int]] = {}
-    for row, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for row, (start, stop) in enumerate(itertools.pairwise(bounds)):
         by_size.setdefault(max(stop - start - 1, 0).bit_length(), []).append(row)
     buckets = [_bucket(bounds, rows, device) for rows in by_size.values()]
     outputs, finals = [], []
