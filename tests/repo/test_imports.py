@@ -19,9 +19,9 @@ LEVELS = [
     {"layers.ops"},
     {"layers"},
     {"pattern", "models", "testing"},
-    {"data", "inference"},
+    {"data"},
+    {"inference"},
     {"training"},
-    {"plan", "doctor"},
     {"cli"},
 ]
 ALLOWED_WITHIN_LEVEL = {("models", "pattern")}
