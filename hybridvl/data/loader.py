@@ -52,27 +52,30 @@ class BatchStream:
         self.order = order
         self.config = config
         self._collator = Collator(encoder.chat, encoder.images.config.merge_size, packing=config.packing)
-        size = PACKING_CHUNK if config.packing else config.batch_size
-        self._loader: DataLoader[Any] = DataLoader(
-            _Encoded(source, encoder, name),
-            batch_sampler=_Chunks(order, size),
-            collate_fn=_examples if config.packing else _Checked(self._collator),
-            num_workers=config.workers,
-            persistent_workers=config.workers > 0,
-            prefetch_factor=4 if config.workers else None,
-            pin_memory=torch.cuda.is_available(),
-            # Its own generator: the default would draw from the global one and shift everything random after it.
-            generator=torch.Generator(),
-        )
+        self._dataset = _Encoded(source, encoder, name)
+        self._loader: DataLoader[Any] | None = None
 
     def __iter__(self) -> Iterator[tuple[Batch, int]]:
-        if not self.config.packing:
-            for made in self._loader:
-                batch = _checked(made)
-                yield batch, len(batch["input_ids"])
-            return
+        try:
+            yield from self._packed() if self.config.packing else self._padded()
+        except ConfigError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the workers; iterating again starts new ones."""
+        # Dropped here and not left to the garbage collector, which takes queues and workers apart in any order and then
+        # waits for workers that were never told to end.
+        self._loader = None
+
+    def _padded(self) -> Iterator[tuple[Batch, int]]:
+        for made in self._made():
+            batch = _checked(made)
+            yield batch, len(batch["input_ids"])
+
+    def _packed(self) -> Iterator[tuple[Batch, int]]:
         row: list[Example] = []
-        for chunk in self._loader:
+        for chunk in self._made():
             for example in map(_checked, chunk):
                 if sum(map(len, row)) + len(example) > self.config.max_tokens:
                     yield self._collator(row), len(row)
@@ -80,6 +83,23 @@ class BatchStream:
                 row.append(example)
         if row:
             yield self._collator(row), len(row)
+
+    def _made(self) -> Iterator[Any]:
+        """What the workers make: batches, or lists of examples to be packed here."""
+        if self._loader is None:
+            packing, workers = self.config.packing, self.config.workers
+            self._loader = DataLoader(
+                self._dataset,
+                batch_sampler=_Chunks(self.order, PACKING_CHUNK if packing else self.config.batch_size),
+                collate_fn=_examples if packing else _Checked(self._collator),
+                num_workers=workers,
+                persistent_workers=workers > 0,
+                prefetch_factor=4 if workers else None,
+                pin_memory=torch.cuda.is_available(),
+                # Its own generator: the default would draw from the global one and shift everything random after it.
+                generator=torch.Generator(),
+            )
+        return iter(self._loader)
 
 
 class TrainLoader:
@@ -127,6 +147,12 @@ class TrainLoader:
         self._resumed = True
         self._iterator = None
 
+    def close(self) -> None:
+        """End the workers; what was handed out stays counted."""
+        state = self.state_dict()
+        self._stream.close()
+        self.load_state_dict(state)
+
 
 class EvalLoader:
     """The batches of a finite order, the same in every pass."""
@@ -143,6 +169,10 @@ class EvalLoader:
     def __iter__(self) -> Iterator[Batch]:
         for batch, _ in self._stream:
             yield batch
+
+    def close(self) -> None:
+        """End the workers; a new pass starts new ones."""
+        self._stream.close()
 
 
 class _Encoded(Dataset[Any]):

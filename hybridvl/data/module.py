@@ -84,6 +84,7 @@ class ChatDataModule(LightningDataModule):
         self._train_config = LoaderConfig(batch_size, max_tokens, packing, workers)
         self._eval_config = LoaderConfig(eval_batch_size or batch_size, max_tokens, False, workers)
         self._train_loader: TrainLoader | None = None
+        self._loaders: list[TrainLoader | EvalLoader] = []
         self._resume: dict[str, Any] | None = None
 
     def source(self, split: Split) -> Any:
@@ -105,6 +106,7 @@ class ChatDataModule(LightningDataModule):
             batches = -(-order.share // config.batch_size)
         stream = BatchStream(source, order, self._encoder(), config, "train")
         self._train_loader = TrainLoader(stream, batches)
+        self._loaders.append(self._train_loader)
         if self._resume is not None:
             self._train_loader.load_state_dict(self._resume)
             self._resume = None
@@ -134,8 +136,10 @@ class ChatDataModule(LightningDataModule):
             self._resume = None
 
     def teardown(self, stage: str) -> None:
-        """End the workers of the training loader."""
-        self._train_loader = None
+        """End the workers of all loaders."""
+        for loader in self._loaders:
+            loader.close()
+        self._loaders.clear()
 
     def _encoder(self, require_answers: bool = True) -> SampleEncoder:
         return SampleEncoder(self.chat, self.images, self.max_tokens, require_answers=require_answers)
@@ -143,7 +147,9 @@ class ChatDataModule(LightningDataModule):
     def _eval_loader(self, split: Split, require_answers: bool = True) -> EvalLoader:
         source = self.source(split)
         order = make_order(source, seed=self.seed, training=False, block=1, **self._share())
-        return EvalLoader(BatchStream(source, order, self._encoder(require_answers), self._eval_config, split))
+        loader = EvalLoader(BatchStream(source, order, self._encoder(require_answers), self._eval_config, split))
+        self._loaders.append(loader)
+        return loader
 
     def _share(self) -> dict[str, int]:
         if self.trainer is None:

@@ -58,7 +58,7 @@ class NumberOrder(Order):
         return -(-(self.size - (0 if self.endless else self.rank)) // self.world)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch, done = divmod(self._consumed, self.share)
+        epoch, done = divmod(self._consumed, max(1, self.share))
         while True:
             numbers = self._numbers(epoch)
             for position in range(done, self.share):
@@ -142,6 +142,7 @@ class StreamOrder(Order):
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
         self._start = dict(state)
+        self._marks.clear()
         return int(state["samples"]) + int(state["skip"])
 
     def _shuffled(self, block: list[Any], epoch: int, number: int) -> list[Any]:
