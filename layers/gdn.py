@@ -17,7 +17,7 @@ from hybridvl.layers.ops.gated_delta_rule import gated_delta_rule_flops
 from hybridvl.layers.registry import register
 from hybridvl.layers.rows import RowMixer, readable, zero_padding
 from hybridvl.layers.short_conv import ShortConv
-from hybridvl.layers.validate import check_types, expect, expect_at_least, expect_positive
+from hybridvl.layers.validate import check_types, check_width, expect, expect_at_least, expect_positive
 
 
 @register("gdn")
@@ -122,6 +122,7 @@ class GatedDeltaNet(Float32Parameters, RowMixer):
 
     def __init__(self, config: GatedDeltaNetConfig, width: int) -> None:
         super().__init__()
+        check_width(config, width)
         self.config = config
         heads, keys, values = config.value_head_count, config.key_width, config.value_width
         self.q_proj = nn.Linear(width, keys, bias=False)

@@ -18,7 +18,7 @@ from hybridvl.layers.ops.ssd import ssd_flops
 from hybridvl.layers.registry import register
 from hybridvl.layers.rows import RowMixer, readable, zero_padding
 from hybridvl.layers.short_conv import ShortConv
-from hybridvl.layers.validate import check_types, expect, expect_at_least, expect_positive
+from hybridvl.layers.validate import check_types, check_width, expect, expect_at_least, expect_positive
 
 
 @register("mamba2")
@@ -66,8 +66,9 @@ class Mamba2Config(MixerConfig):
 
     def heads(self, width: int) -> int:
         """Number of heads H at model width D; ConfigError when inner width, heads and groups do not divide."""
+        check_width(self, width)
         inner = self.expand * width
-        if width < 1 or inner % self.head_dim:
+        if inner % self.head_dim:
             raise ConfigError(
                 f"mamba2.head_dim = {self.head_dim}: expected a divisor of expand * width = {self.expand} * {width}"
             )

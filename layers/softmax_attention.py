@@ -9,14 +9,13 @@ from torch import Tensor, nn
 
 from hybridvl.layers.base import MixerConfig, Sequence, State
 from hybridvl.layers.cache import KeyValueState
-from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.norms import RMSNorm
 from hybridvl.layers.ops import attention
 from hybridvl.layers.ops.attention import attention_flops
 from hybridvl.layers.ops.backend import backend_names
 from hybridvl.layers.rotary import apply_rotary
 from hybridvl.layers.rows import RowMixer, readable, token_counts
-from hybridvl.layers.validate import check_types, expect, expect_at_least, expect_positive
+from hybridvl.layers.validate import check_types, check_width, expect, expect_at_least, expect_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +89,7 @@ class Attention(RowMixer):
 
     def __init__(self, config: AttentionConfig, width: int) -> None:
         super().__init__()
-        if width < 1:
-            raise ConfigError(f"width = {width}: expected an integer of at least 1")
+        check_width(config, width)
         self.config = config
         self.rotary_dim = config.rotary_dim
         queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim

@@ -25,6 +25,12 @@ def expect(config: MixerConfig, field: str, holds: bool, accepted: str) -> None:
         raise ConfigError(f"{place}.{field} = {getattr(config, field)!r}: expected {accepted}")
 
 
+def check_width(config: MixerConfig, width: int) -> None:
+    """Raise ConfigError unless the model width is a positive integer."""
+    if not (fits(width, int) and width >= 1):
+        raise ConfigError(f"{config.name}: width = {width!r}: expected an integer of at least 1")
+
+
 def expect_at_least(config: MixerConfig, least: int, *fields: str) -> None:
     """Raise ConfigError for the first of the integer fields that is below `least`."""
     for field in fields:
