@@ -102,11 +102,11 @@ def _walk_back(best: list[_Step | None]) -> Iterator[str]:
 def _cuts(layers: tuple[int, ...], stretch: _Stretch) -> Iterator[tuple[int, int]]:
     """Where a repetition within the stretch may begin, and its count.
 
-    A unit begins where the stretch does or where the layer changes. From its first copy on, all counts are tried;
-    from later ones (the earlier copies may belong to something longer) only the one that fills the stretch.
+    The best cut is mostly where the stretch begins or where the layer changes. From a unit's first copy on, all counts
+    are tried; from later ones (the earlier copies may belong to something longer) the one that fills the stretch.
     """
     period = stretch.period
-    offsets = [i for i in range(period) if i == 0 or layers[stretch.start + i] != layers[stretch.start + i - 1]]
+    offsets = sorted(range(period), key=lambda i: i > 0 and layers[stretch.start + i] == layers[stretch.start + i - 1])
     for offset in offsets[: max(_ROTATIONS // period, 1)]:
         start = stretch.start + offset
         most = (stretch.stop - start) // period

@@ -31,7 +31,7 @@ class Pattern:
 
     @classmethod
     def from_layers(cls, layers: Iterable[str], mixers: Mixers | None = None) -> Pattern:
-        """The pattern of a list of layers, such as `Pattern.layers`; raises PatternError that says which one is wrong."""
+        """The pattern of a list of layers such as `Pattern.layers`; raises PatternError that says which is wrong."""
         texts = list(layers)
         if not 1 <= len(texts) <= MAX_LAYERS:
             raise PatternError(f"layers: a list of {len(texts)}; expected 1 to {MAX_LAYERS}")

@@ -32,7 +32,8 @@ def suggest(word: str, known: Iterable[str]) -> str:
 
 def _point(text: str, at: int) -> str:
     """The text on one line around offset `at`, and a caret under it."""
-    start, stop = max(at - _BEFORE, 0), at + _AFTER
+    whole = len(text) <= _BEFORE + _AFTER
+    start, stop = (0, len(text)) if whole else (max(at - _BEFORE, 0), at + _AFTER)
     shown = "".join(c if c.isprintable() else " " for c in text[start:stop])
     left, right = "..." if start else "", "..." if stop < len(text) else ""
     return f"  {left}{shown}{right}\n  {' ' * (len(left) + at - start)}^"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from hybridvl.layers import ConfigError, MixerConfig, mixer_class
+from hybridvl.layers import MIXERS, ConfigError, MixerConfig, mixer_class
 from hybridvl.layers.parallel import ParallelConfig
 from hybridvl.layers.registry import known_mixers
 from hybridvl.layers.validate import fits, spell
@@ -18,12 +18,12 @@ from hybridvl.pattern.syntax import LayerSpec, MixerSpec
 
 def check_names(source: str, specs: Iterable[LayerSpec], mixers: Mapping[str, Any]) -> None:
     """Raise PatternError for the first mixer that is neither in `mixers` nor registered."""
-    known = {*_mapping(mixers, "mixers"), *known_mixers()}
+    named = _mapping(mixers, "mixers")
     for spec in {id(spec): spec for spec in specs}.values():
         for mixer in spec.mixers:
-            if mixer.name not in known:
-                names = ", ".join(sorted(map(str, known)))
-                problem = f"unknown mixer {mixer.name!r}{suggest(mixer.name, map(str, known))} (known: {names})"
+            if mixer.name not in named and not _registered(mixer.name):
+                known = sorted({*map(str, named), *known_mixers()})
+                problem = f"unknown mixer {mixer.name!r}{suggest(mixer.name, known)} (known: {', '.join(known)})"
                 raise PatternError(problem, source, mixer.at)
 
 
@@ -91,7 +91,7 @@ def _named_mixer(name: str, entry: object, path: str) -> _NamedMixer:
     place = f"{path}.{name}"
     options = dict(_mapping(entry, place))
     kind = options.pop("type", None)
-    if kind is None and name not in known_mixers():
+    if kind is None and not _registered(name):
         near = suggest(str(name), known_mixers())
         raise ConfigError(
             f"{place}: no type, and no mixer is registered as {name!r}{near}; "
@@ -126,6 +126,10 @@ def _converted(value: Any, annotation: Any) -> Any:
     if isinstance(value, list | tuple):
         return list(value) if typing.get_origin(annotation) is list or annotation is list else tuple(value)
     return value
+
+
+def _registered(name: str) -> bool:
+    return name in MIXERS or name in known_mixers()  # in this order: installed packages take milliseconds to list
 
 
 def _mapping(value: object, place: str) -> Mapping[str, Any]:
