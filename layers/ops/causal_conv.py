@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.ops.backend import resolve_backend
@@ -62,17 +65,48 @@ def _reference(inputs: Tensor, weight: Tensor, bias: Tensor | None, activation: 
 
 
 def _torch(inputs: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """W shifted products over whole sequences: no transposition, unlike `conv1d`."""
-    dtype = internal_dtype(inputs, weight)
-    inputs, weight = inputs.to(dtype), weight.to(dtype)
-    width = weight.shape[1]
-    tokens = inputs.shape[1] - width + 1
+    y: Tensor = _Convolution.apply(inputs, weight, bias, activation)
+    return y
+
+
+class _Convolution(torch.autograd.Function):
+    """W shifted products over whole sequences, (B, W - 1 + T, D) -> (B, T, D): no transposition, unlike `conv1d`.
+
+    The backward pass keeps the inputs alone and computes the sums before the activation again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+        ctx.save_for_backward(inputs, weight, bias)
+        ctx.activation = activation
+        dtype = internal_dtype(inputs, weight)
+        y = _shifted_sum(inputs.to(dtype), weight.to(dtype), bias)
+        return F.silu(y, inplace=True) if activation == "silu" else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, weight, bias = ctx.saved_tensors
+        dtype = internal_dtype(inputs, weight)
+        wide, factors = inputs.to(dtype), weight.to(dtype)
+        if ctx.activation == "silu":
+            dy = torch.ops.aten.silu_backward(dy, _shifted_sum(wide, factors, bias))
+        tokens, width = dy.shape[1], weight.shape[1]
+        dinputs = torch.zeros_like(wide)
+        dweight = torch.empty_like(factors)
+        for w in range(width):
+            dinputs[:, w : w + tokens].addcmul_(dy, factors[:, w])
+            dweight[:, w] = (dy * wide[:, w : w + tokens]).sum((0, 1))
+        dbias = None if bias is None else dy.sum((0, 1)).to(bias.dtype)
+        return dinputs.to(inputs.dtype), dweight.to(weight.dtype), dbias, None
+
+
+def _shifted_sum(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    tokens = inputs.shape[1] - weight.shape[1] + 1
     y = inputs[:, :tokens] * weight[:, 0]
-    if bias is not None:
-        y = y + bias.to(dtype)
-    for w in range(1, width):
-        y = torch.addcmul(y, inputs[:, w : w + tokens], weight[:, w])
-    return F.silu(y) if activation == "silu" else y
+    for w in range(1, weight.shape[1]):
+        y.addcmul_(inputs[:, w : w + tokens], weight[:, w])
+    return y if bias is None else y.add_(bias)
 
 
 def _last_inputs(inputs: Tensor, width: int, lengths: Tensor | None) -> Tensor:

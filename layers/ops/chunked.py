@@ -245,7 +245,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, factor: int = 1) ->
 
 def _exp(log: Tensor) -> Tensor:
     """exp in place, exactly zero far below one."""
-    return F.threshold_(log, _LOG_ZERO, float("-inf")).exp_()
+    return F.threshold(log, _LOG_ZERO, float("-inf"), inplace=True).exp_()
 
 
 def _upper(c: Tensor) -> Tensor:

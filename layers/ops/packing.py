@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 SegmentOp = Callable[[list[Tensor], Tensor | None, Tensor], tuple[Tensor, Tensor | None]]
-"""(tokens, each (n, L, ...), states (n, ...) or None, lengths (n,) int64) -> output (n, L, ...), final states or None."""
+"""(tokens, each (n, L, ...); states (n, ...) or None; lengths (n,)) -> (outputs (n, L, ...), final states or None)."""
 
 
 class _Bucket(NamedTuple):
     rows: Tensor  # (n,) which segments
     lengths: Tensor  # (n,)
-    index: Tensor  # (n, L) where their tokens stand in the packed row, 0 at padding
+    source: Tensor  # (n, L) where their tokens stand in the packed row, 0 at padding
     mask: Tensor  # (n, L) True at tokens
     flat: Tensor  # (tokens,) where the tokens stand in the flattened (n * L) batch
 
@@ -57,7 +57,7 @@ def map_segments(
         output, final = op([_gather(x, bucket) for x in tokens], own, bucket.lengths)
         outputs.append(output.flatten(0, 1)[bucket.flat])
         finals.append(final)
-    order = torch.cat([bucket.index[bucket.mask] for bucket in buckets]).argsort()
+    order = torch.cat([bucket.source[bucket.mask] for bucket in buckets]).argsort()
     packed = torch.cat(outputs)[order][None]
     known = [final for final in finals if final is not None]
     return packed, torch.cat(known)[torch.cat([bucket.rows for bucket in buckets]).argsort()] if known else None
@@ -76,4 +76,4 @@ def _bucket(bounds: list[int], rows: list[int], device: torch.device) -> _Bucket
 
 def _gather(x: Tensor, bucket: _Bucket) -> Tensor:
     mask = bucket.mask.reshape(*bucket.mask.shape, *(1,) * (x.ndim - 2))
-    return torch.where(mask, x[0][bucket.index], torch.zeros((), dtype=x.dtype, device=x.device))
+    return torch.where(mask, x[0][bucket.source], torch.zeros((), dtype=x.dtype, device=x.device))

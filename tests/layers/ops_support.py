@@ -50,7 +50,9 @@ def relative(got: Tensor, expected: Tensor) -> float:
     return float((got.detach().double() - expected.detach().double()).abs().max()) / scale
 
 
-def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, vanishing: tuple[str, ...] = ()):
+def assert_close(
+    got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float, vanishing: tuple[str, ...] = ()
+):
     """All of `expected` within `tolerance`, relative to max; those named `vanishing` absolutely."""
     assert got.keys() >= expected.keys()
     for name, value in expected.items():

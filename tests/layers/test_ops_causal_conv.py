@@ -1,0 +1,160 @@
+"""The causal convolution against stored float64 cases, torch's own `conv1d`, and its state across splits."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops_support import arrays, assert_close, case_inputs, cases, outputs_and_gradients, relative
+from torch import Tensor
+
+from hybridvl.layers.errors import ConfigError
+from hybridvl.layers.ops import causal_conv
+
+CASES = [name for name in cases() if name.startswith("conv.")]
+BACKENDS = ("reference", "torch")
+
+
+def random_inputs(tokens: int, batch: int = 2, channels: int = 5, width: int = 4, seed: int = 0) -> dict[str, Tensor]:
+    make = partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return {
+        "x": make(batch, tokens, channels),
+        "weight": make(channels, width),
+        "bias": make(channels),
+        "initial_state": make(batch, channels, width),
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_stored_cases(case: str, dtype: torch.dtype, backend: str) -> None:
+    inputs, cu_seqlens, upstream = case_inputs(case, dtype)
+    activation = cases()[case]["activation"]
+    y, final = causal_conv(**inputs, activation=activation, cu_seqlens=cu_seqlens, backend=backend)
+    (y * upstream["dy"]).sum().backward()
+    got = {"y": y, "final_state": final} | {f"d{name}": x.grad for name, x in inputs.items() if x.grad is not None}
+    assert_close(got, arrays("expected", case), 1e-9 if dtype == torch.float64 else 2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 12),
+    batch=st.integers(1, 3),
+    width=st.integers(1, 6),
+    bias=st.booleans(),
+    activation=st.sampled_from(["silu", None]),
+    seed=st.integers(0, 1000),
+)
+def test_equals_conv1d(
+    backend: str, tokens: int, batch: int, width: int, bias: bool, activation: str | None, seed: int
+) -> None:
+    inputs = random_inputs(tokens, batch, width=width, seed=seed)
+    if not bias:
+        del inputs["bias"]
+
+    def with_conv1d(
+        x: Tensor, weight: Tensor, initial_state: Tensor, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        everything = torch.cat([initial_state, x.mT], dim=2)  # (B, D, W + T)
+        y = F.conv1d(everything[..., 1:], weight[:, None], bias, groups=weight.shape[0]).mT
+        return F.silu(y) if activation else y, everything[..., -weight.shape[1] :]
+
+    got = outputs_and_gradients(partial(causal_conv, activation=activation, backend=backend), inputs)
+    assert_close(got, outputs_and_gradients(with_conv1d, inputs), 1e-12)
+
+
+@pytest.mark.parametrize("splits", [(1, 19), (3, 17), (1, 1, 1, 1, 16), (10, 2, 8)], ids=str)
+def test_pieces_with_carried_state_equal_one_pass(splits: tuple[int, ...]) -> None:
+    inputs = random_inputs(20)
+
+    def in_pieces(x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = []
+        for piece in x.split(splits, dim=1):
+            y, initial_state = causal_conv(piece, weight, bias, initial_state)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1), initial_state
+
+    assert_close(outputs_and_gradients(in_pieces, inputs), outputs_and_gradients(causal_conv, inputs), 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("state", [True, False])
+@pytest.mark.parametrize("lengths", [(5, 5), (7, 1, 2, 10), (0, 4, 0, 1)], ids=str)
+def test_packed_equals_segments(lengths: tuple[int, ...], state: bool, backend: str) -> None:
+    inputs = random_inputs(sum(lengths), batch=1)
+    inputs["initial_state"] = random_inputs(1, batch=len(lengths), seed=1)["initial_state"]
+    if not state:
+        del inputs["initial_state"]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+
+    def one_by_one(
+        x: Tensor, weight: Tensor, bias: Tensor, initial_state: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        pieces = []
+        for n, piece in enumerate(x.split(lengths, dim=1)):
+            own = None if initial_state is None else initial_state[n : n + 1]
+            pieces.append(causal_conv(piece, weight, bias, own, backend="reference"))
+        return torch.cat([y for y, _ in pieces], dim=1), torch.cat([final for _, final in pieces])
+
+    packed = outputs_and_gradients(partial(causal_conv, cu_seqlens=cu_seqlens, backend=backend), inputs)
+    assert_close(packed, outputs_and_gradients(one_by_one, inputs), 1e-12)
+
+
+def test_final_state_holds_the_last_inputs() -> None:
+    x = torch.arange(1.0, 7.0).reshape(1, 6, 1)
+    weight = torch.ones(1, 4)
+    assert causal_conv(x, weight)[1].tolist() == [[[3, 4, 5, 6]]]
+    assert causal_conv(x[:, :2], weight)[1].tolist() == [[[0, 0, 1, 2]]]
+    state = torch.tensor([[[-4.0, -3, -2, -1]]])
+    y, final = causal_conv(x[:, :2], weight, initial_state=state, activation=None)
+    assert final.tolist() == [[[-2, -1, 1, 2]]]
+    assert y.flatten().tolist() == [-3 - 2 - 1 + 1, -2 - 1 + 1 + 2]
+
+
+def test_bfloat16_sums_in_float32() -> None:
+    low = {name: x.bfloat16() for name, x in random_inputs(40).items()}
+    y, final = causal_conv(**low)
+    expected, _ = causal_conv(**{name: x.double() for name, x in low.items()})
+    assert y.dtype == final.dtype == torch.bfloat16
+    assert torch.equal(y, expected.bfloat16())
+    assert torch.equal(final, low["x"][:, -4:].mT)
+    gradients = outputs_and_gradients(causal_conv, low)
+    assert_close(gradients, outputs_and_gradients(causal_conv, {name: x.double() for name, x in low.items()}), 8e-3)
+
+
+def test_autocast_does_not_lower_the_precision() -> None:
+    inputs = {name: x.float() for name, x in random_inputs(40).items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, _ = causal_conv(**inputs)
+    assert relative(y, causal_conv(**inputs)[0]) == 0.0
+
+
+def test_runs_on_the_meta_device() -> None:
+    y, final = causal_conv(**{name: x.to("meta") for name, x in random_inputs(7).items()})
+    assert y.shape == (2, 7, 5)
+    assert final.shape == (2, 5, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 10)}, "causal_conv: x has shape (2, 10), expected (B, T, D) = (any, any, any)"),
+        ({"weight": torch.zeros(5, 1, 4)}, "weight has shape (5, 1, 4), expected (D, W) = (5, any)"),
+        ({"weight": torch.zeros(5, 0)}, "weight has width 0"),
+        ({"bias": torch.zeros(4)}, "bias has shape (4,), expected (D,) = (5)"),
+        ({"initial_state": torch.zeros(2, 5, 3)}, "initial_state has shape (2, 5, 3), expected (N, D, W) = (2, 5, 4)"),
+        ({"activation": "relu"}, "activation is 'relu', expected 'silu' or None"),
+        ({"cu_seqlens": torch.tensor([0.0, 10.0])}, "cu_seqlens has shape (2,) and dtype torch.float32"),
+    ],
+)
+def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
+    arguments: dict[str, object] = {name: x.float() for name, x in random_inputs(10).items()}
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        causal_conv(**(arguments | change))  # type: ignore[arg-type]
