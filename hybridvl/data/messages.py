@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+_EXPECTED = (
+    "expected the id of a Hugging Face data set, a .parquet, .json or .jsonl file, or a folder of such files, "
+    "of images with a metadata.jsonl, or made by save_to_disk"
+)
 VAL_NAMES = ("validation", "val", "valid", "dev")
 
 
@@ -62,12 +67,11 @@ class MessageData(Task):
         rows, label = self._rows(split)
         local = Path(self.path)
         folder = local.parent if local.is_file() else local
+        if not self.streaming and not len(rows):
+            raise _empty(label)
         rows = self.columns.prepare(rows, f"data.task.path: {label}")
-        if self.streaming:
-            return RowStream(rows, self.columns, folder, label)
-        if not len(rows):
-            raise ConfigError(f"data.task.path: {label} is empty; expected at least one sample")
-        return TableSource(rows, self.columns, folder, label)
+        source = RowStream if self.streaming else TableSource
+        return source(rows, self.columns, folder, label)
 
     def _rows(self, split: Split) -> tuple[Any, str]:
         if self._loaded is None:
@@ -134,7 +138,12 @@ class RowStream(StreamSource):
     def rows(self, epoch: int, state: dict[str, Any] | None) -> Iterator[Any]:
         """The rows from a state on, or all of them; every epoch reads them in the same order."""
         self._rows.load_state_dict(self._start if state is None else state)
-        return iter(self._rows)
+        empty = state is None
+        for row in self._rows:
+            empty = False
+            yield row
+        if empty:
+            raise _empty(self._label)
 
     def state_dict(self) -> dict[str, Any]:
         """Where reading stands."""
@@ -151,31 +160,61 @@ def load_splits(path: str, name: str | None = None, streaming: bool = False) -> 
     Raises:
         ConfigError: it does not exist, cannot be read, or has no rows at all.
     """
-    from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+    from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     local = Path(path)
-    expected = (
-        "expected the id of a Hugging Face data set, a .parquet, .json or .jsonl file, or a folder of such files, of "
-        "images with a metadata.jsonl, or made by save_to_disk"
-    )
     if not local.exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1 or local.suffix in BUILDERS):
-        raise ConfigError(f"data.task.path: {path} does not exist; {expected}")
+        raise ConfigError(f"data.task.path: {path} does not exist; {_EXPECTED}")
     if local.is_file() and local.suffix not in BUILDERS:
-        raise ConfigError(f"data.task.path: {path} is no data set; {expected}")
+        raise ConfigError(f"data.task.path: {path} is no data set; {_EXPECTED}")
     if local.is_file() and not local.stat().st_size:
-        raise ConfigError(f"data.task.path: {path} is empty; expected at least one sample")
+        raise _empty(path)
+    files = _table_files(local)
     try:
-        if local.is_file():
-            return load_dataset(BUILDERS[local.suffix], data_files={"train": str(local)}, streaming=streaming)
+        if files:
+            suffix = local.suffix if local.is_file() else Path(next(iter(files.values()))[0]).suffix
+            return load_dataset(BUILDERS[suffix], data_files=files, streaming=streaming)
         if (local / "dataset_dict.json").exists() or (local / "state.json").exists():
-            saved = load_from_disk(str(local))
-            splits = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
-            if not streaming:
-                return splits
-            return {key: part.to_iterable_dataset() for key, part in splits.items() if isinstance(part, Dataset)}
+            return _saved(local, streaming)
         return load_dataset(path, name, streaming=streaming)
     except (DatasetNotFoundError, DatasetGenerationError, OSError, ValueError) as error:
+        if "corresponds to no data" in str(error):
+            raise _empty(path) from error
         reason = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
         first = (str(reason).splitlines() or [type(reason).__name__])[0]
-        raise ConfigError(f"data.task.path: {path} cannot be read: {first}; {expected}") from error
+        raise ConfigError(f"data.task.path: {path} cannot be read: {first}; {_EXPECTED}") from error
+
+
+def _table_files(local: Path) -> dict[str, list[str]]:
+    """The files of a local data set by split, which a file's or folder's name says; {} when it is of another kind."""
+    if local.is_file():
+        return {"train": [str(local)]}
+    found = [file for file in sorted(local.rglob("*")) if file.suffix in BUILDERS] if local.is_dir() else []
+    saved = any(file.name in ("metadata.jsonl", "dataset_dict.json", "state.json") for file in found)
+    if saved or len({BUILDERS[file.suffix] for file in found}) != 1:
+        return {}
+    files: dict[str, list[str]] = {}
+    for file in found:
+        words = re.split("[^a-z]+", str(file.relative_to(local).with_suffix("")).lower())
+        split = next((word for word in words if word in ("train", "test", *VAL_NAMES)), "train")
+        files.setdefault(split, []).append(str(file))
+    return files
+
+
+def _saved(folder: Path, streaming: bool) -> Mapping[str, Any]:
+    from datasets import Dataset, DatasetDict, load_from_disk
+
+    try:
+        saved = load_from_disk(str(folder))
+    except IndexError as error:
+        # Saving no rows writes no table, and reading then trips over the missing first one.
+        raise _empty(str(folder)) from error
+    splits = saved if isinstance(saved, DatasetDict) else DatasetDict({"train": saved})
+    if not streaming:
+        return splits
+    return {key: part.to_iterable_dataset() for key, part in splits.items() if isinstance(part, Dataset)}
+
+
+def _empty(label: str) -> ConfigError:
+    return ConfigError(f"data.task.path: {label} is empty; expected at least one sample")

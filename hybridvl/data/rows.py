@@ -35,7 +35,7 @@ class MessageColumns:
     def prepare(self, rows: Any, place: str) -> Any:
         """The data set with its images left encoded, so that workers open them and errors name the file."""
         features = rows.features
-        if features is None:
+        if not features:  # not known before a stream is read
             return rows
         if self.messages not in features:
             raise ConfigError(f"{place} has no column {self.messages!r}; it has {', '.join(features)}")
