@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TypeVar
 
 from hybridvl.layers.base import MixerConfig
@@ -46,7 +46,7 @@ def mixer_class(name: str) -> type[MixerConfig]:
         return _import_config(name)
     installed = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
     if name in installed:
-        return register(name)(installed[name].load())
+        return register(name)(_load_config(name, installed[name]))
     known = known_mixers()
     near = difflib.get_close_matches(name, known, n=1)
     hint = f", did you mean {near[0]!r}?" if near else ""
@@ -60,10 +60,27 @@ def known_mixers() -> list[str]:
 
 def _import_config(path: str) -> type[MixerConfig]:
     module_name, _, attribute = path.rpartition(".")
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise ConfigError(
+            f"mixer type {path!r}: expected a name or an import path such as my_package.my_module.MyConfig"
+        )
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"mixer type {path!r} cannot be imported: {error}") from error
+    return _checked(path, found)
+
+
+def _load_config(name: str, point: EntryPoint) -> type[MixerConfig]:
+    place = f"{name} (entry point {point.value} of {point.dist.name if point.dist else 'an unknown package'})"
+    try:
+        found = point.load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"mixer {place} cannot be imported: {error}") from error
+    return _checked(place, found)
+
+
+def _checked(place: str, found: object) -> type[MixerConfig]:
     if not (isinstance(found, type) and issubclass(found, MixerConfig)):
-        raise ConfigError(f"mixer type {path!r} is not a MixerConfig subclass")
+        raise ConfigError(f"mixer type {place!r} is not a MixerConfig subclass")
     return found
