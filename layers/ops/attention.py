@@ -122,7 +122,7 @@ def _blocks(queries: int, keys: int, window: int | None) -> list[tuple[int, int,
     size = min(max(width, _MIN_BLOCK), _MAX_BLOCK)
     offset = keys - queries
     blocks = []
-    for start in range(0, queries, size):
+    for start in range(0, max(queries, 1), size):  # no queries: one empty block
         stop = min(start + size, queries)
         blocks.append((start, stop, max(offset + start - width + 1, 0), offset + stop))
     return blocks
@@ -159,7 +159,7 @@ def _check(
     mask: Tensor | None,
 ) -> None:
     op = "attention"
-    check_floating(op, q=q, k=k, v=v)
+    check_floating(op, {"q": q, "k": k, "v": v})
     check_shape(op, "q", q, "(B, T, H, K)", (None, None, None, None))
     batch, queries, heads, dim = q.shape
     check_shape(op, "k", k, "(B, S, Hkv, K)", (batch, None, None, dim))

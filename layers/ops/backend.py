@@ -6,20 +6,30 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from hybridvl.layers.errors import ConfigError
 
 ENVIRONMENT = "HYBRIDVL_BACKEND"
+_FLA_MAX_KEY_DIM = 256
+
+
+class _Workload(NamedTuple):
+    """What decides whether an implementation can run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    key_dim: int
 
 
 @dataclass(frozen=True)
-class Backend:
-    """An implementation of an operator by name, and why it cannot run on a device (None when it can)."""
+class _Backend:
+    """An implementation of an operator by name, and why it cannot run a workload (None when it can)."""
 
     name: str
-    unusable: Callable[[torch.device], str | None]
+    unusable: Callable[[_Workload], str | None]
 
 
 @dataclass(frozen=True)
@@ -33,23 +43,27 @@ class BackendChoice:
     chosen: bool
 
 
-def _always(device: torch.device) -> str | None:
+def _always(work: _Workload) -> str | None:
     return None
 
 
-def _needs_fla(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return f"its Triton kernels need CUDA tensors, these are on {device.type!r}"
+def _needs_fla(work: _Workload) -> str | None:
+    if work.device.type != "cuda":
+        return f"its Triton kernels need CUDA tensors, these are on {work.device.type!r}"
+    if work.dtype not in (torch.bfloat16, torch.float16):
+        return f"its kernels take bfloat16 and float16, not {work.dtype}"
+    if work.key_dim > _FLA_MAX_KEY_DIM:
+        return f"its kernels take key dims up to {_FLA_MAX_KEY_DIM}, not {work.key_dim}"
     missing = [name for name in ("triton", "fla") if importlib.util.find_spec(name) is None]
     if missing:
         return f"{' and '.join(missing)} not installed"
     return None
 
 
-_REFERENCE, _TORCH, _FLA = Backend("reference", _always), Backend("torch", _always), Backend("fla", _needs_fla)
+_REFERENCE, _TORCH, _FLA = _Backend("reference", _always), _Backend("torch", _always), _Backend("fla", _needs_fla)
 
 # In the order in which `auto` tries them; the reference comes last.
-_BACKENDS: dict[str, tuple[Backend, ...]] = {
+_BACKENDS: dict[str, tuple[_Backend, ...]] = {
     "gated_delta_rule": (_FLA, _TORCH, _REFERENCE),
     "ssd": (_TORCH, _REFERENCE),
     "causal_conv": (_TORCH, _REFERENCE),
@@ -58,19 +72,22 @@ _BACKENDS: dict[str, tuple[Backend, ...]] = {
 
 
 @torch.compiler.assume_constant_result
-def resolve_backend(op: str, requested: str, device: torch.device) -> str:
-    """The name of the backend that operator `op` uses for tensors on `device`.
+def resolve_backend(
+    op: str, requested: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, key_dim: int = 0
+) -> str:
+    """The name of the backend that operator `op` uses for tensors of a device, a dtype and a key dim K.
 
     `requested` other than "auto" decides; else the environment variable HYBRIDVL_BACKEND, either one name for every
     operator that has it ("reference") or a list ("ssd=reference,attention=torch"); else the first usable one.
     Raises ConfigError, saying why, when the explicit choice is unknown or unusable.
     """
+    work = _Workload(device, dtype, key_dim)
     if requested != "auto":
-        return _explicit(op, requested, device, f"{op}: backend")
+        return _explicit(op, requested, work, f"{op}: backend")
     named = _from_environment().get(op, "auto")
     if named != "auto":
-        return _explicit(op, named, device, f"{ENVIRONMENT}: {op}")
-    return next(backend.name for backend in _BACKENDS[op] if backend.unusable(device) is None)
+        return _explicit(op, named, work, f"{ENVIRONMENT}: {op}")
+    return next(backend.name for backend in _BACKENDS[op] if backend.unusable(work) is None)
 
 
 def backend_names(op: str) -> tuple[str, ...]:
@@ -79,22 +96,23 @@ def backend_names(op: str) -> tuple[str, ...]:
 
 
 def backends_report(device: torch.device | str = "cpu") -> list[BackendChoice]:
-    """Every operator's backends as they stand for tensors on `device`."""
+    """Every operator's backends as they stand for bfloat16 tensors on `device`."""
     device = torch.device(device)
+    work = _Workload(device, torch.bfloat16, 0)
     rows = []
     for op, backends in _BACKENDS.items():
         chosen = resolve_backend(op, "auto", device)
         for backend in backends:
-            reason = backend.unusable(device)
+            reason = backend.unusable(work)
             rows.append(BackendChoice(op, backend.name, reason is None, reason or "", backend.name == chosen))
     return rows
 
 
-def _explicit(op: str, name: str, device: torch.device, place: str) -> str:
+def _explicit(op: str, name: str, work: _Workload, place: str) -> str:
     known = {backend.name: backend for backend in _BACKENDS[op]}
     if name not in known:
         raise ConfigError(f"{place} {name!r} is unknown; accepted: auto, {', '.join(sorted(known))}")
-    reason = known[name].unusable(device)
+    reason = known[name].unusable(work)
     if reason is not None:
         raise ConfigError(f"{place} {name!r} cannot be used: {reason}")
     return name

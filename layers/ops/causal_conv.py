@@ -126,7 +126,7 @@ def _check(
     cu_seqlens: Tensor | None,
 ) -> None:
     op = "causal_conv"
-    check_floating(op, x=x, weight=weight, bias=bias, initial_state=initial_state)
+    check_floating(op, {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state})
     check_shape(op, "x", x, "(B, T, D)", (None, None, None))
     batch, tokens, width = x.shape
     check_shape(op, "weight", weight, "(D, W)", (width, None))

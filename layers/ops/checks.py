@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 
 import torch
@@ -22,7 +23,7 @@ def check_shape(op: str, name: str, tensor: Tensor, letters: str, sizes: Items[i
         raise ConfigError(f"{op}: {name} has shape {shape}, expected {letters} = ({wanted})")
 
 
-def check_floating(op: str, **tensors: Tensor | None) -> None:
+def check_floating(op: str, tensors: Mapping[str, Tensor | None]) -> None:
     """Raise ConfigError unless all tensors are floating point and on one device."""
     devices = {}
     for name, tensor in tensors.items():

@@ -38,12 +38,13 @@ def gated_delta_rule(
     cu_seqlens: (N + 1,) boundaries of the segments packed into one row (B = 1).
     Returns o (B, T, H, V) in v's dtype and the final state (N, H, K, V), N = B when not packed, in float32. Computes in
     float32 whatever the inputs' dtype and autocast, in float64 if any input is float64.
-    Backends: "reference", "torch" (chunks), "fla". Raises ConfigError naming a misshapen argument.
+    Backends: "reference", "torch" (chunks), "fla" (CUDA; bfloat16 or float16); a few tokens take the recurrence in all
+    of them. Raises ConfigError naming a misshapen argument.
     """
     _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    chosen = resolve_backend("gated_delta_rule", backend, v.device)
+    chosen = resolve_backend("gated_delta_rule", backend, v.device, v.dtype, k.shape[-1])
     factor = k.shape[-1] ** -0.5 if scale is None else scale
-    if chosen == "fla":
+    if chosen == "fla" and v.shape[1] > _STEPWISE_TOKENS:
         return _fla(q, k, v, g, beta, initial_state, factor, qk_l2norm, cu_seqlens)
     run = _reference if chosen == "reference" else _torch
 
@@ -115,8 +116,8 @@ def _fla(
     ).chunk_gated_delta_rule
     repeats = v.shape[2] // k.shape[2]
     return kernel(
-        q.repeat_interleave(repeats, dim=2),
-        k.repeat_interleave(repeats, dim=2),
+        q.repeat_interleave(repeats, dim=2).to(v.dtype),
+        k.repeat_interleave(repeats, dim=2).to(v.dtype),
         v,
         g.float(),
         beta,
@@ -137,7 +138,7 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> None:
     op = "gated_delta_rule"
-    check_floating(op, q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state)
+    check_floating(op, {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state})
     check_shape(op, "v", v, "(B, T, H, V)", (None, None, None, None))
     batch, tokens, heads, value_dim = v.shape
     check_shape(op, "q", q, "(B, T, Hk, K)", (batch, tokens, None, None))

@@ -100,7 +100,7 @@ def _check(
     cu_seqlens: Tensor | None,
 ) -> None:
     op = "ssd"
-    check_floating(op, x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state)
+    check_floating(op, {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "initial_state": initial_state})
     check_shape(op, "x", x, "(B, T, H, P)", (None, None, None, None))
     batch, tokens, heads, head_dim = x.shape
     check_shape(op, "dt", dt, "(B, T, H)", (batch, tokens, heads))

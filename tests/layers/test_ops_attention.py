@@ -165,6 +165,16 @@ def test_bfloat16_is_near_float64(window: int | None) -> None:
     assert_same(got, with_gradients(partial(attention, window=window), [x.double() for x in low]), 2e-2)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("keys", [0, 5])
+@pytest.mark.parametrize("window", [None, 4])
+def test_no_queries_give_nothing(window: int | None, keys: int, backend: str) -> None:
+    real = torch.ones(2, keys, dtype=torch.bool)
+    for mask in (None, real):
+        got = attention(*random_inputs(0, keys), window=window, key_padding_mask=mask, backend=backend)
+        assert got.shape == (2, 0, 4, 8)
+
+
 def test_scale_and_value_dim() -> None:
     q, k, _ = random_inputs(70)
     v = torch.randn(2, 70, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(5))

@@ -43,6 +43,17 @@ def test_installed_fla_is_taken_on_cuda_only() -> None:
     assert resolve_backend("ssd", "auto", CUDA) == "torch"
 
 
+@pytest.mark.usefixtures("_fla_installed")
+@pytest.mark.parametrize(
+    ("dtype", "key_dim", "reason"),
+    [(torch.float32, 128, "take bfloat16 and float16, not torch.float32"), (torch.bfloat16, 512, "up to 256, not 512")],
+)
+def test_fla_is_passed_over_for_what_it_cannot_take(dtype: torch.dtype, key_dim: int, reason: str) -> None:
+    assert resolve_backend("gated_delta_rule", "auto", CUDA, dtype, key_dim) == "torch"
+    with pytest.raises(ConfigError, match=reason):
+        resolve_backend("gated_delta_rule", "fla", CUDA, dtype, key_dim)
+
+
 def test_fla_that_is_missing_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert resolve_backend("gated_delta_rule", "auto", CUDA) == "torch"
@@ -145,7 +156,9 @@ def test_fla_gets_repeated_heads_and_all_options(monkeypatch: pytest.MonkeyPatch
     module.chunk_gated_delta_rule = chunk_gated_delta_rule  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fla.ops.gated_delta_rule", module)
     monkeypatch.setattr(
-        sys.modules["hybridvl.layers.ops.gated_delta_rule"], "resolve_backend", lambda op, requested, device: requested
+        sys.modules["hybridvl.layers.ops.gated_delta_rule"],
+        "resolve_backend",
+        lambda op, requested, *workload: requested,
     )
     q, k, v = torch.randn(1, 40, 2, 4), torch.randn(1, 40, 2, 4), torch.randn(1, 40, 4, 4)
     g, beta, state = -torch.rand(1, 40, 4), torch.rand(1, 40, 4), torch.randn(2, 4, 4, 4)

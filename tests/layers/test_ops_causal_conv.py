@@ -118,6 +118,14 @@ def test_final_state_holds_the_last_inputs() -> None:
     assert y.flatten().tolist() == [-3 - 2 - 1 + 1, -2 - 1 + 1 + 2]
 
 
+def test_no_tokens_leave_the_state() -> None:
+    inputs = random_inputs(0)
+    for backend in BACKENDS:
+        y, final = causal_conv(**inputs, backend=backend)
+        assert y.shape == (2, 0, 5)
+        assert torch.equal(final, inputs["initial_state"])
+
+
 def test_bfloat16_sums_in_float32() -> None:
     low = {name: x.bfloat16() for name, x in random_inputs(40).items()}
     y, final = causal_conv(**low)
