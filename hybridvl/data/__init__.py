@@ -6,11 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hybridvl.data.chat import ChatFormat as ChatFormat
     from hybridvl.data.digits import DigitPages as DigitPages
     from hybridvl.data.easy_vqa import EasyVQA as EasyVQA
     from hybridvl.data.images import ImageConfig as ImageConfig
-    from hybridvl.data.images import ImageProcessor as ImageProcessor
     from hybridvl.data.messages import MessageData as MessageData
     from hybridvl.data.module import ChatDataModule as ChatDataModule
     from hybridvl.data.task import Task as Task
@@ -18,11 +16,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ChatDataModule": "module",
-    "ChatFormat": "chat",
     "DigitPages": "digits",
     "EasyVQA": "easy_vqa",
     "ImageConfig": "images",
-    "ImageProcessor": "images",
     "MessageData": "messages",
     "Task": "task",
     "load_tokenizer": "tokens",

@@ -115,19 +115,19 @@ class StreamOrder(Order):
         self._marks.clear()
         skip = mark.pop("skip")
         while True:
-            read = 0
+            taken, whole = 0, mark["stream"] is None
             rows = self.source.rows(mark["epoch"], mark["stream"])
             while block := list(islice(rows, self.block * self.world)):
                 self._marks.append(dict(mark))
                 mine = self._shuffled(block, mark["epoch"], mark["block"])
                 yield from enumerate(mine[skip:], mark["samples"] + skip)
-                read += len(block)
+                taken += len(mine)
                 mark["samples"] += len(mine)
                 mark["block"] += 1
                 mark["stream"] = self.source.state_dict()
                 skip = 0
-            if not read and mark["stream"] is None:
-                raise ConfigError("data.task: the stream is empty; expected at least one sample")
+            if whole and not taken:
+                raise ConfigError("data.task: the stream is empty; expected at least one sample for each process")
             if not self.endless:
                 return
             mark |= {"epoch": mark["epoch"] + 1, "block": 0, "stream": None}

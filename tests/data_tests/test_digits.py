@@ -93,6 +93,23 @@ def test_pages_follow_from_seed_split_epoch_and_number():
     assert page("val", 0, 5, 0) == page("val", 0, 5, 7)
 
 
+def test_training_pages_grow_from_one_digit():
+    source = DigitPages(growth=10).source("train", 0)
+
+    def largest(epoch):
+        shapes = [source.scan_numbers(index, epoch).shape for index in range(200)]
+        return tuple(np.max(shapes, axis=0)), tuple(np.min(shapes, axis=0))
+
+    assert largest(0) == ((1, 1), (1, 1))
+    assert largest(4) == ((1, 4), (1, 1))
+    assert largest(5) == ((1, 5), (1, 2))
+    assert largest(10) == ((4, 5), (2, 2))
+    grown = [np.prod(largest(epoch)[0]) for epoch in range(11)]
+    assert grown == sorted(grown)
+    test = DigitPages(growth=10).source("test", 0)
+    assert min(test.scan_numbers(index, 0).size for index in range(50)) >= 4
+
+
 def test_only_training_pages_are_distorted():
     def clean_paper(split, augment):
         source = DigitPages(augment=augment).source(split, 0)
@@ -120,6 +137,7 @@ def test_turns_and_separator():
     [
         ({"rows": (3, 2)}, r"data\.task\.rows: \[3, 2\]"),
         ({"columns": (0, 2)}, r"data\.task\.columns"),
+        ({"growth": -1}, r"data\.task\.growth: -1; expected a number of epochs"),
         ({"turns": 0}, r"data\.task\.turns: 0; expected at least 1"),
         ({"test_pages": 0}, r"data\.task\.test_pages: 0"),
         ({"augment": -1.0}, r"data\.task\.augment: -1\.0"),
