@@ -24,7 +24,7 @@ _HOMES = {
     "load_tokenizer": "tokens",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = ["ChatDataModule", "DigitPages", "EasyVQA", "ImageConfig", "MessageData", "Task", "load_tokenizer"]
 
 
 def __getattr__(name: str) -> Any:
