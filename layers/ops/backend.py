@@ -15,6 +15,10 @@ from hybridvl.layers.errors import ConfigError
 ENVIRONMENT = "HYBRIDVL_BACKEND"
 _FLA_MAX_KEY_DIM = 256
 
+# Looked up once, so that `resolve_backend` is plain Python that torch.compile can trace. (Marking it constant for the
+# compiler would import torch._dynamo, and with it Triton where that is installed.)
+_INSTALLED = frozenset(name for name in ("triton", "fla") if importlib.util.find_spec(name) is not None)
+
 
 class _Workload(NamedTuple):
     """What decides whether an implementation can run."""
@@ -54,7 +58,7 @@ def _needs_fla(work: _Workload) -> str | None:
         return f"its kernels take bfloat16 and float16, not {work.dtype}"
     if work.key_dim > _FLA_MAX_KEY_DIM:
         return f"its kernels take key dims up to {_FLA_MAX_KEY_DIM}, not {work.key_dim}"
-    missing = [name for name in ("triton", "fla") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("triton", "fla") if name not in _INSTALLED]
     if missing:
         return f"{' and '.join(missing)} not installed"
     return None
@@ -71,7 +75,6 @@ _BACKENDS: dict[str, tuple[_Backend, ...]] = {
 }
 
 
-@torch.compiler.assume_constant_result
 def resolve_backend(
     op: str, requested: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, key_dim: int = 0
 ) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
 import types
@@ -26,8 +25,7 @@ def _no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def _fla_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in ("fla", "triton") else find(name))
+    monkeypatch.setattr("hybridvl.layers.ops.backend._INSTALLED", frozenset({"fla", "triton"}))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -55,7 +53,7 @@ def test_fla_is_passed_over_for_what_it_cannot_take(dtype: torch.dtype, key_dim:
 
 
 def test_fla_that_is_missing_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("hybridvl.layers.ops.backend._INSTALLED", frozenset())
     assert resolve_backend("gated_delta_rule", "auto", CUDA) == "torch"
     with pytest.raises(ConfigError, match=r"backend 'fla' cannot be used: triton and fla not installed"):
         resolve_backend("gated_delta_rule", "fla", CUDA)
