@@ -93,6 +93,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Te
 def _torch(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, real: Tensor | None) -> Tensor:
     """Blocks of queries over the slice of keys that they may see."""
     queries, keys = q.shape[1], k.shape[1]
+    if not queries:
+        return q.new_zeros(*q.shape[:3], v.shape[3])
     if real is None and _is_plain_causal(queries, keys, window):
         return _fused(q, k, v, None, scale, causal=True)
     width = min(window or keys, keys)
@@ -122,7 +124,7 @@ def _blocks(queries: int, keys: int, window: int | None) -> list[tuple[int, int,
     size = min(max(width, _MIN_BLOCK), _MAX_BLOCK)
     offset = keys - queries
     blocks = []
-    for start in range(0, max(queries, 1), size):  # no queries: one empty block
+    for start in range(0, queries, size):
         stop = min(start + size, queries)
         blocks.append((start, stop, max(offset + start - width + 1, 0), offset + stop))
     return blocks
