@@ -19,7 +19,7 @@ LEVELS = [
     {"layers.ops"},
     {"layers"},
     {"pattern", "models", "testing"},
-    {"data"},
+    {"data", "plan"},
     {"inference"},
     {"training"},
     {"cli"},
