@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,7 +13,7 @@ from typing import Any, ClassVar
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
@@ -26,7 +28,8 @@ from hybridvl.training.callbacks.export import ExportModel
 from hybridvl.training.callbacks.hparams import HParams
 from hybridvl.training.callbacks.memory import MemoryMonitor
 from hybridvl.training.callbacks.predictions import PredictionWriter
-from hybridvl.training.callbacks.run_summary import RunSummary
+from hybridvl.training.callbacks.progress import StepProgress
+from hybridvl.training.callbacks.run_summary import RunSummary, run_folder
 from hybridvl.training.callbacks.state_norms import StateNorms
 from hybridvl.training.callbacks.throughput import Throughput
 from hybridvl.training.checkpoint_io import AtomicCheckpointIO
@@ -102,6 +105,7 @@ class TrainingCLI(LightningCLI):
             save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
+            trainer_defaults={"enable_model_summary": False},
             parser_kwargs={
                 "prog": "hybridvl",
                 "parser_mode": "omegaconf+",
@@ -114,7 +118,7 @@ class TrainingCLI(LightningCLI):
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Only the command that runs: building the parser of one takes seconds."""
-        return {self._command: LightningCLI.subcommands()[self._command]}
+        return {self._command: LightningCLI.subcommands()[self._command] | {"verbose", "weights_only"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run folder, and the callbacks that have settings."""
@@ -131,16 +135,40 @@ class TrainingCLI(LightningCLI):
         # Lightning would take the model's configuration from the checkpoint, silently in place of the recipe's. We
         # keep the recipe, and refuse a checkpoint of another model.
         section = self.config[self._command]
-        run: RunConfig = RunConfig(**section.run.as_dict())
         path = section.get("ckpt_path")
-        if path in ("last", "best"):
-            found = _newest(run, LAST if path == "last" else BEST)
-            section.ckpt_path = str(found)
-            section.run.version = found.parent.parent.name
-        elif path is not None and not Path(path).is_file():
-            raise ConfigError(f"ckpt_path: {path}: no such file")
-        elif path is None and self._command != "fit":
+        if path is None and self._command != "fit":
             raise ConfigError(f"ckpt_path: {self._command} needs a checkpoint: a file, 'last' or 'best'")
+        if path is None:
+            return
+        by_name = {"last": LAST, "best": BEST}.get(path)
+        found = Path(path) if by_name is None else self._newest(by_name)
+        if not found.is_file():
+            raise ConfigError(f"ckpt_path: {path}: no such file")
+        section.ckpt_path = str(found)
+        folder = found.resolve().parent.parent
+        if found.parent.name == "checkpoints" and (by_name or self._command != "fit"):
+            # Go on in the run's own folder.
+            section.run.root, section.run.name = str(folder.parent.parent), folder.parent.name
+            section.run.version = folder.name
+
+    def _newest(self, name: str) -> Path:
+        """The checkpoint `name` beside the recipe when that is a run's config.yaml, else of the newest version."""
+        run: RunConfig = RunConfig(**self.config[self._command].run.as_dict())
+        own = [recipe.parent / "checkpoints" / name for recipe in _Parser.recipes]
+        found = [path for path in own if path.is_file()]
+        if not found:
+            pattern = f"{run.version or '*'}/checkpoints/{name}"
+            found = sorted(run.folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
+            if not found:
+                raise ConfigError(f"ckpt_path: no {run.folder / pattern}; there is nothing to go on from")
+        return found[-1]
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse a fit without an end, which Lightning would run for 1,000 epochs."""
+        settings = self._get(self.config, "trainer")
+        ends = (settings.max_epochs, settings.max_time, None if settings.max_steps == -1 else settings.max_steps)
+        if self._command == "fit" and not settings.fast_dev_run and all(end is None for end in ends):
+            raise ConfigError("trainer.max_steps: not set; a fit needs max_steps, max_epochs or max_time")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with our logger, callbacks and atomic checkpoint files."""
@@ -160,15 +188,35 @@ class TrainingCLI(LightningCLI):
         seed = self._get(self.config, "seed_everything")
         callbacks: list[Callback] = [ExactResume(), Throughput(), MemoryMonitor(), StateNorms(), PredictionWriter()]
         if progress_bar:
-            callbacks.append(RichProgressBar(leave=True))
+            callbacks.append(StepProgress())
         if logged:
             callbacks += [LearningRateMonitor("step"), HParams({"seed": seed})]
         return [*callbacks, ExportModel(), RunSummary()]
+
+    def before_fit(self) -> None:
+        """Say what is trained, and where."""
+        net = self.model.net
+        trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
+        frozen = "" if trainable == net.num_params else f", {trainable:,} of them trained"
+        print(f"model        {net.pattern}, {net.num_params:,} parameters{frozen}")
+        print(f"run folder   {run_folder(self.trainer)}", flush=True)
 
     def after_fit(self) -> None:
         """Test the final weights, then say where everything is."""
         if self._get(self.config_init, "run").test and not self.trainer.fast_dev_run:
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        self._report()
+
+    def validate(self, model: SupervisedTuning, datamodule: ChatDataModule, ckpt_path: str) -> None:
+        """Validate without Lightning's table of metrics; the report has them."""
+        self.trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+
+    def test(self, model: SupervisedTuning, datamodule: ChatDataModule, ckpt_path: str) -> None:
+        """Test without Lightning's table of metrics; the report has them."""
+        self.trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+
+    def after_validate(self) -> None:
+        """Say where everything is."""
         self._report()
 
     def after_test(self) -> None:
@@ -183,6 +231,8 @@ class TrainingCLI(LightningCLI):
 
 def main(argv: Sequence[str]) -> int:
     """Run `argv[0]`, one of fit, validate, test and predict."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     try:
         TrainingCLI(argv[0], argv[1:])
     except OmegaConfBaseException as error:
@@ -196,12 +246,3 @@ def _config_files(arguments: Sequence[str]) -> list[Path]:
     following = [value for flag, value in pairwise(arguments) if flag in ("-c", "--config")]
     joined = [value.partition("=")[2] for value in arguments if value.startswith("--config=")]
     return [Path(value) for value in following + joined]
-
-
-def _newest(run: RunConfig, name: str) -> Path:
-    """The newest checkpoint file called `name` among a run's versions."""
-    pattern = f"{run.version or '*'}/checkpoints/{name}"
-    found = sorted(run.folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
-    if not found:
-        raise ConfigError(f"ckpt_path: no {run.folder / pattern}; nothing to go on from")
-    return found[-1]

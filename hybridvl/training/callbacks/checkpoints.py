@@ -55,7 +55,7 @@ class Checkpoints(Checkpoint):
         better = self.best is None or (score > self.best if self.mode == "max" else score < self.best)
         if better and not trainer.fast_dev_run:
             self.best = score
-            trainer.save_checkpoint(checkpoint_folder(trainer) / BEST)
+            trainer.save_checkpoint(checkpoint_folder(trainer) / BEST, weights_only=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save last.ckpt, then take the best weights."""
@@ -75,7 +75,7 @@ class Checkpoints(Checkpoint):
     def _save_last(self, trainer: Trainer) -> None:
         if trainer.global_step != self._saved_step and not trainer.fast_dev_run:
             self._saved_step = trainer.global_step
-            trainer.save_checkpoint(checkpoint_folder(trainer) / LAST)
+            trainer.save_checkpoint(checkpoint_folder(trainer) / LAST, weights_only=False)
 
 
 def checkpoint_folder(trainer: Trainer) -> Path:

@@ -17,7 +17,7 @@ from hybridvl.training.versions import versions
 
 
 class RunSummary(Callback):
-    """Writes metrics.json when a fit or a test ends.
+    """Writes metrics.json when a fit, a validation or a test ends.
 
     Keys: metrics (the latest value of each), pattern, parameters, trainable_parameters, steps, tokens, samples,
     seconds (of training steps), checkpoint, versions.
@@ -31,6 +31,8 @@ class RunSummary(Callback):
         """Collect."""
         if not trainer.sanity_checking:
             self._collect(trainer)
+        if trainer.state.fn == "validate":
+            self._write(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect and write."""
@@ -79,15 +81,19 @@ class RunSummary(Callback):
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         parameters = list(module.parameters())
+        path = run_folder(trainer) / "metrics.json"
+        # A later validation or test of the run adds to what its fit has written.
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         facts = {
-            "metrics": self.metrics,
+            **earlier,
+            "metrics": {**earlier.get("metrics", {}), **self.metrics},
             "pattern": module.net.pattern if isinstance(module, SupervisedTuning) else None,
             "parameters": sum(p.numel() for p in parameters),
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             **self._facts,
             "versions": versions(),
         }
-        write_json(run_folder(trainer) / "metrics.json", facts)
+        write_json(path, facts)
 
 
 def run_folder(trainer: Trainer) -> Path:

@@ -1,0 +1,116 @@
+"""`hybridvl plan`: parameters, FLOPs per token and state bytes of layer patterns, side by side, before any training."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from hybridvl.layers.errors import ConfigError
+from hybridvl.models.checkpoints import read_config
+from hybridvl.models.config import ModelConfig, VisionConfig
+from hybridvl.plan.costs import CONTEXTS, Plan, plan_model
+from hybridvl.plan.tables import comparison_table, layer_table
+
+_DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
+_MIXERS_PATH = "model.net.mixers"
+_PLAIN_WIDTH = 10_000  # columns when the output is a file or a pipe: tables take what they need
+_EXACT_WIDTH = 120  # columns that a table with all digits needs
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan of every pattern; returns 0. Mistakes are ConfigErrors."""
+    options = _parser().parse_args(argv)
+    config = _model_config(options.config)
+    plans = [
+        plan_model(dataclasses.replace(config, pattern=pattern), options.context, _DTYPES[options.dtype], _MIXERS_PATH)
+        for pattern in options.patterns or [config.pattern]
+    ]
+    if options.json != "-":
+        _print(plans, options.layers)
+    if options.json is not None:
+        _write_json(plans, options.json)
+    if options.png is not None:
+        from hybridvl.plan.drawing import draw  # matplotlib takes a second to import
+
+        draw(plans, _writable(options.png))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hybridvl plan",
+        description="What layer patterns cost, before anything is built: parameters, FLOPs per token, bytes of state. "
+        "Without --config the model around the pattern has the sizes of InfiniteVL-4B.",
+        epilog="example: hybridvl plan '(swa gdn*3)*9' 'full*36' --context 8192 --png patterns.png",
+    )
+    parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="layer patterns; default: the recipe's")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a recipe or a run's config.yaml, whose model.net is planned, or the folder of a model",
+    )
+    parser.add_argument(
+        "--context", nargs="+", type=int, default=list(CONTEXTS), metavar="TOKENS", help="default: 1024 8192 65536"
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the model, for the state's bytes")
+    parser.add_argument("--layers", action="store_true", help="list every layer instead of every kind of layer")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers; '-' prints them instead of tables")
+    parser.add_argument("--png", metavar="FILE", help="draw the patterns with their totals")
+    return parser
+
+
+def _model_config(path: str | None) -> ModelConfig:
+    if path is None:
+        return ModelConfig(vision=VisionConfig())
+    if Path(path).is_dir():
+        return read_config(path)
+    return ModelConfig.from_dict(_model_section(Path(path)), place=f"{path}: model.net")
+
+
+def _model_section(path: Path) -> dict[str, Any]:
+    """model.net of a recipe, its interpolations resolved."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    try:
+        recipe = OmegaConf.load(path)
+        section = OmegaConf.select(recipe, "model.net")
+        values = None if section is None else OmegaConf.to_container(section, resolve=True)
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: {error}; expected a recipe in YAML") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: no model.net; expected the sizes of a model there, as in recipes/digits.yaml")
+    return {str(key): value for key, value in values.items()}
+
+
+def _print(plans: Sequence[Plan], every_layer: bool) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PLAIN_WIDTH)
+    for plan in plans:
+        console.print(layer_table(plan, every_layer, exact=console.width >= _EXACT_WIDTH))
+    console.print(comparison_table(plans))
+
+
+def _write_json(plans: Sequence[Plan], path: str) -> None:
+    text = json.dumps([plan.to_dict() for plan in plans], indent=2)
+    if path == "-":
+        print(text)
+    else:
+        _writable(path).write_text(text + "\n", encoding="utf-8")
+
+
+def _writable(path: str) -> Path:
+    """The path of a file to write, its folder made."""
+    if Path(path).is_dir():
+        raise ConfigError(f"{path}: is a folder; expected the name of a file to write")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return Path(path)
