@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
+import difflib
 import errno
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from hybridvl import __version__
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -34,14 +36,21 @@ _COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 for a failed check, or 2 for a mistake in what was asked."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    chosen = parser.parse_args(arguments[:1])
-    command = _COMMANDS[chosen.command]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"hybridvl {__version__}")
+        return 0
+    name = arguments[0]
+    if name not in _COMMANDS:
+        near = difflib.get_close_matches(name, _COMMANDS, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        return _refuse(f"unknown command {name!r}{hint} (known: {', '.join(_COMMANDS)})")
     try:
-        return _run(command, arguments[1:])
+        return _run(_COMMANDS[name], arguments[1:])
     except KeyboardInterrupt:
-        print(f"hybridvl {chosen.command}: interrupted", file=sys.stderr)
-        return 130
+        return _refuse(f"{name} interrupted", status=130)
     except BrokenPipeError:
         # The reader has gone (`hybridvl plan | head`); keep the interpreter from complaining at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -53,6 +62,8 @@ def _run(command: _Command, arguments: list[str]) -> int:
 
     try:
         result = importlib.import_module(command.module).main([*command.leading, *arguments])
+    except SystemExit as done:  # a parser that has printed its help or an error
+        return done.code if isinstance(done.code, int) else int(done.code is not None)
     except ConfigError as error:
         return _refuse(str(error))
     except OSError as error:
@@ -64,30 +75,22 @@ def _run(command: _Command, arguments: list[str]) -> int:
     return int(result)
 
 
-def _refuse(message: str) -> int:
+def _refuse(message: str, status: int = 2) -> int:
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    return status
 
 
 def _place(error: OSError) -> str:
     return f" {error.filename}" if error.filename else ""
 
 
-def _parser() -> argparse.ArgumentParser:
+def _help() -> str:
     width = max(len(name) for name in _COMMANDS) + 2
     listing = "\n".join(f"  {name:{width}}{command.help}" for name, command in _COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="hybridvl",
-        description="Hybrid-attention ablations on vision-language models.",
-        epilog=f"commands:\n{listing}\n\n'hybridvl COMMAND --help' explains a command.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    return (
+        "usage: hybridvl COMMAND [ARGUMENTS]\n\n"
+        "Hybrid-attention ablations on vision-language models.\n\n"
+        f"commands:\n{listing}\n\n"
+        "options:\n  -h, --help   this text\n  --version    the version\n\n"
+        "'hybridvl COMMAND --help' explains a command."
     )
-    parser.add_argument("--version", action="version", version=f"hybridvl {_version()}")
-    parser.add_argument("command", choices=list(_COMMANDS), metavar="COMMAND", help="what to do, see below")
-    return parser
-
-
-def _version() -> str:
-    from hybridvl import __version__
-
-    return __version__

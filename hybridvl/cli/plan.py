@@ -19,17 +19,16 @@ from hybridvl.plan.costs import CONTEXTS, Plan, plan_model
 from hybridvl.plan.tables import comparison_table, layer_table
 
 _DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
-_MIXERS_PATH = "model.net.mixers"
 _PLAIN_WIDTH = 10_000  # columns when the output is a file or a pipe: tables take what they need
-_EXACT_WIDTH = 120  # columns that a table with all digits needs
+_FULL_WIDTH = 120  # columns that the whole table of a plan's layers needs
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the plan of every pattern; returns 0. Mistakes are ConfigErrors."""
     options = _parser().parse_args(argv)
-    config = _model_config(options.config)
+    config, path = _model_config(options.config)
     plans = [
-        plan_model(dataclasses.replace(config, pattern=pattern), options.context, _DTYPES[options.dtype], _MIXERS_PATH)
+        plan_model(dataclasses.replace(config, pattern=pattern), options.context, _DTYPES[options.dtype], path)
         for pattern in options.patterns or [config.pattern]
     ]
     if options.json != "-":
@@ -66,12 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _model_config(path: str | None) -> ModelConfig:
+def _model_config(path: str | None) -> tuple[ModelConfig, str]:
+    """The model around the patterns, and where its mixers are configured, for messages."""
     if path is None:
-        return ModelConfig(vision=VisionConfig())
+        return ModelConfig(vision=VisionConfig()), "mixers"
     if Path(path).is_dir():
-        return read_config(path)
-    return ModelConfig.from_dict(_model_section(Path(path)), place=f"{path}: model.net")
+        return read_config(path), f"{path}: mixers"
+    return ModelConfig.from_dict(_model_section(Path(path)), place=f"{path}: model.net"), f"{path}: model.net.mixers"
 
 
 def _model_section(path: Path) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def _print(plans: Sequence[Plan], every_layer: bool) -> None:
     if not console.is_terminal:
         console = Console(width=_PLAIN_WIDTH)
     for plan in plans:
-        console.print(layer_table(plan, every_layer, exact=console.width >= _EXACT_WIDTH))
+        console.print(layer_table(plan, every_layer, compact=console.width < _FULL_WIDTH))
     console.print(comparison_table(plans))
 
 

@@ -109,7 +109,11 @@ class TrainingCLI(LightningCLI):
             parser_kwargs={
                 "prog": "hybridvl",
                 "parser_mode": "omegaconf+",
-                command: {"parser_mode": "omegaconf+", "description": DESCRIPTIONS[command]},
+                command: {
+                    "parser_mode": "omegaconf+",
+                    "description": DESCRIPTIONS[command],
+                    "usage": f"hybridvl {command} --config RECIPE [--KEY VALUE ...]",
+                },
             },
             parser_class=_Parser,
             args=[command, *arguments],
@@ -170,7 +174,7 @@ class TrainingCLI(LightningCLI):
         if self._command == "fit" and not settings.fast_dev_run and all(end is None for end in ends):
             raise ConfigError("trainer.max_steps: not set; a fit needs max_steps, max_epochs or max_time")
 
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+    def instantiate_trainer(self) -> Trainer:  # type: ignore[override]  # LightningCLI passes nothing
         """The trainer with our logger, callbacks and atomic checkpoint files."""
         run: RunConfig = self._get(self.config_init, "run")
         settings = self._get(self.config_init, "trainer")
@@ -180,6 +184,9 @@ class TrainingCLI(LightningCLI):
         plugins = settings.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        # The saved recipe repeats the run: from the beginning, as a new version.
+        section = self.config[self._command]
+        section.ckpt_path = section.run.version = None
         bar = settings.get("enable_progress_bar")
         self.trainer_defaults["callbacks"] = self._callbacks(progress_bar=bar is not False, logged=logger is not False)
         return super().instantiate_trainer(**kwargs)
@@ -203,7 +210,7 @@ class TrainingCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Test the final weights, then say where everything is."""
-        if self._get(self.config_init, "run").test and not self.trainer.fast_dev_run:
+        if self._get(self.config_init, "run").test and not is_dry_run(self.trainer):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         self._report()
 
@@ -225,13 +232,14 @@ class TrainingCLI(LightningCLI):
 
     def _report(self) -> None:
         summary = next(c for c in self.trainer.callbacks if isinstance(c, RunSummary))  # type: ignore[attr-defined]
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+        if self.trainer.is_global_zero and not is_dry_run(self.trainer):
             print("\n".join(summary.lines(self.trainer)))
 
 
 def main(argv: Sequence[str]) -> int:
     """Run `argv[0]`, one of fit, validate, test and predict."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for talkative in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     try:
         TrainingCLI(argv[0], argv[1:])

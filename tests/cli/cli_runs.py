@@ -1,0 +1,86 @@
+"""The command line in this process, and a recipe that trains in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+RECIPE = {
+    "seed_everything": 5,
+    "model": {
+        "net": {
+            "pattern": "(swa gdn)",
+            "width": 32,
+            "mlp_width": 64,
+            "vocab_size": 1024,
+            "image_token_id": 6,
+            "video_token_id": 7,
+            "vision_start_token_id": 3,
+            "mixers": {
+                "full": {"heads": 2, "kv_heads": 1, "head_dim": 16},
+                "swa": {"heads": 2, "kv_heads": 1, "head_dim": 16, "window": 16},
+                "gdn": {"heads": 2, "head_dim": 8},
+                "mamba2": {"head_dim": 16, "state_dim": 16},
+            },
+            "vision": {
+                "depth": 1,
+                "width": 32,
+                "heads": 2,
+                "mlp_width": 32,
+                "patch_size": 4,
+                "temporal_patch_size": 1,
+                "window_size": 16,
+                "full_attention_blocks": [0],
+                "channels": 1,
+            },
+        },
+        "optimizer": {"lr": 0.003, "warmup_steps": 2},
+        "reply_tokens": 6,
+    },
+    "data": {
+        "task": {
+            "class_path": "hybridvl.data.digits.DigitPages",
+            "init_args": {
+                "rows": [1, 2],
+                "columns": [1, 2],
+                "cell": 8,
+                "turns": 2,
+                "train_pages": 20,
+                "val_pages": 4,
+                "test_pages": 4,
+            },
+        },
+        "batch_size": 4,
+        "max_tokens": 256,
+        "system": None,
+        "images": {
+            "patch_size": "${model.net.vision.patch_size}",
+            "temporal_patch_size": "${model.net.vision.temporal_patch_size}",
+            "mean": [0.5],
+            "std": [0.5],
+        },
+    },
+    "trainer": {
+        "accelerator": "cpu",
+        "max_steps": 12,
+        "log_every_n_steps": 1,
+        "check_val_every_n_epoch": None,
+        "val_check_interval": 6,
+    },
+    "checkpoints": {"every_n_steps": 4},
+    "examples": {"count": 2},
+}
+
+
+def recipe(folder: Path, name: str = "tiny", text: str = "") -> Path:
+    """A recipe file whose runs lie in folder/runs/NAME; `text` is YAML that is merged into it."""
+    content = _merged({**RECIPE, "run": {"root": str(folder / "runs"), "name": name}}, yaml.safe_load(text) or {})
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def _merged(base: dict, extra: dict) -> dict:
+    nested = {key: _merged(base[key], extra[key]) for key in extra if isinstance(base.get(key), dict) and extra[key]}
+    return {**base, **extra, **nested}
