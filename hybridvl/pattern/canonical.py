@@ -13,20 +13,31 @@ _ROTATIONS = 256  # layers that are spelled again, per repeated stretch, to find
 def canonical(layers: Sequence[str]) -> str:
     """The layers as a pattern, a function of the list alone.
 
-    A list that ends within a repetition is tiled ("(swa gdn*7)@36") where that is shorter. Up to 16 layers in a
-    repeated unit the text is the shortest there is; the cuts of longer units are chosen among a few good ones, so
-    that the work grows about as n * log n in Python steps, and as n ** 2 in vectorised comparisons.
+    A list that ends within a repetition is tiled ("(swa gdn*7)@36") where that is shorter. All places are tried where
+    a repeated unit of up to 16 layers may be cut, and a few good ones for longer units, so that the work grows about
+    as n * log n in Python steps, and as n ** 2 in vectorised comparisons.
     """
     names = list(dict.fromkeys(layers))
     numbers = {name: number for number, name in enumerate(names)}
     speller = _Speller(names)
     written = tuple(numbers[layer] for layer in layers)
     text = speller.spell(written)
-    period = _period(written)
-    if len(written) % period and len(written) >= 2 * period:
-        tiled = f"({speller.spell(written[:period])})@{len(written)}"
+    tile = period(written)
+    if len(written) % tile and len(written) >= 2 * tile:
+        tiled = f"({speller.spell(written[:tile])})@{len(written)}"
         return tiled if len(tiled) < len(text) else text
     return text
+
+
+def period(layers: Sequence[object]) -> int:
+    """The smallest p with layers[i] == layers[i + p] throughout, by Knuth, Morris and Pratt's failure function."""
+    border = [0]
+    for layer in layers[1:]:
+        length = border[-1]
+        while length and layers[length] != layer:
+            length = border[length - 1]
+        border.append(length + (layers[length] == layer))
+    return len(layers) - border[-1]
 
 
 @dataclass(frozen=True)
@@ -59,11 +70,9 @@ class _Speller:
         if len(layers) == 1:
             return self.names[layers[0]]
         if layers not in self.known:
-            period = _period(layers)
-            whole = len(layers) % period == 0 and period < len(layers)
-            self.known[layers] = (
-                self.repeated(layers[:period], len(layers) // period) if whole else self.shortest(layers)
-            )
+            unit = period(layers)
+            whole = len(layers) % unit == 0 and unit < len(layers)
+            self.known[layers] = self.repeated(layers[:unit], len(layers) // unit) if whole else self.shortest(layers)
         return self.known[layers]
 
     def repeated(self, unit: tuple[int, ...], count: int) -> str:
@@ -128,14 +137,3 @@ def _stretches(layers: tuple[int, ...]) -> list[_Stretch]:
             if stop - start >= period and (start, stop + period) not in found:
                 found[start, stop + period] = _Stretch(start, stop + period, period)
     return list(found.values())
-
-
-def _period(layers: Sequence[int]) -> int:
-    """The smallest p with layers[i] == layers[i + p] throughout (Knuth, Morris and Pratt's failure function)."""
-    border = [0]
-    for layer in layers[1:]:
-        length = border[-1]
-        while length and layers[length] != layer:
-            length = border[length - 1]
-        border.append(length + (layers[length] == layer))
-    return len(layers) - border[-1]
