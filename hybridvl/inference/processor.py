@@ -53,7 +53,7 @@ class Processor:
     @property
     def stop_id(self) -> int:
         """The token that ends an answer."""
-        return int(self.chat.tokenizer.convert_tokens_to_ids("<|im_end|>"))
+        return self.chat.tokenizer.get_vocab()["<|im_end|>"]
 
     def prompt(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """input_ids (1, T), and with images pixel_values (P, patch_dim) and image_grid_thw (images, 3), of a
@@ -73,6 +73,6 @@ class Processor:
             inputs |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.tensor(grids)}
         return inputs
 
-    def text(self, tokens: Tensor | Sequence[int]) -> str:
+    def text(self, tokens: Tensor | list[int]) -> str:
         """Tokens as text, special ones left out."""
         return str(self.chat.tokenizer.decode(tokens, skip_special_tokens=True))

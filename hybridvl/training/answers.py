@@ -46,7 +46,7 @@ class Question:
     row: int
 
 
-def model_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a batch that the model takes."""
     return {name: batch[name] for name in MODEL_INPUTS if batch.get(name) is not None}
 

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from hybridvl.layers.errors import ConfigError
 from hybridvl.training.checkpoint_io import read_checkpoint
+from hybridvl.training.trainer import is_dry_run
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -53,7 +54,7 @@ class Checkpoints(Checkpoint):
             raise ConfigError(f"checkpoints.monitor: no metric is called {self.monitor!r} (known: {known})")
         score = float(trainer.callback_metrics[self.monitor])
         better = self.best is None or (score > self.best if self.mode == "max" else score < self.best)
-        if better and not trainer.fast_dev_run:
+        if better and not is_dry_run(trainer):
             self.best = score
             trainer.save_checkpoint(checkpoint_folder(trainer) / BEST, weights_only=False)
 
@@ -73,7 +74,7 @@ class Checkpoints(Checkpoint):
         self.best = state_dict["best"]
 
     def _save_last(self, trainer: Trainer) -> None:
-        if trainer.global_step != self._saved_step and not trainer.fast_dev_run:
+        if trainer.global_step != self._saved_step and not is_dry_run(trainer):
             self._saved_step = trainer.global_step
             trainer.save_checkpoint(checkpoint_folder(trainer) / LAST, weights_only=False)
 

@@ -10,6 +10,7 @@ from hybridvl.data.module import ChatDataModule
 from hybridvl.inference.processor import Processor
 from hybridvl.models.checkpoints import save
 from hybridvl.training.supervised import SupervisedTuning
+from hybridvl.training.trainer import is_dry_run
 
 
 class ExportModel(Callback):
@@ -17,7 +18,7 @@ class ExportModel(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it, once."""
-        if not isinstance(pl_module, SupervisedTuning) or not trainer.is_global_zero or trainer.fast_dev_run:
+        if not isinstance(pl_module, SupervisedTuning) or not trainer.is_global_zero or is_dry_run(trainer):
             return
         folder = Path(trainer.log_dir or trainer.default_root_dir) / "model"
         save(pl_module.net, folder)

@@ -36,8 +36,8 @@ class HParams(Callback):
         values = {name: _plain(value) for name, value in settings.items()}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                writer = logger.experiment._get_file_writer()  # type: ignore[no-untyped-call]
-                for summary in hparams(values, dict.fromkeys(self.metrics, 0.0)):  # type: ignore[no-untyped-call]
+                writer = logger.experiment._get_file_writer()
+                for summary in hparams(values, dict.fromkeys(self.metrics, 0.0)):
                     writer.add_summary(summary)
 
 

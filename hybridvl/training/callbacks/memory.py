@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from hybridvl.training.trainer import logs_now
+
 MIB = 2**20
 
 
@@ -20,7 +22,7 @@ class MemoryMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log when the trainer logs."""
-        if trainer.global_step % trainer.log_every_n_steps:
+        if not logs_now(trainer):
             return
         for logger in trainer.loggers:
             logger.log_metrics(memory_usage(), step=trainer.global_step)

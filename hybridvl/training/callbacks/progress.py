@@ -43,7 +43,7 @@ class StepProgress(ProgressBar):
         """Draw nothing (on the other processes)."""
         self._enabled = False
 
-    def print(self, *args: Any) -> None:  # type: ignore[override]
+    def print(self, *args: Any) -> None:
         """Print above the bar."""
         self._console.print(*args)
 

@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from hybridvl.training.callbacks.checkpoints import BEST, LAST, Checkpoints, checkpoint_folder
 from hybridvl.training.callbacks.throughput import Throughput
 from hybridvl.training.supervised import SupervisedTuning
+from hybridvl.training.trainer import is_dry_run
 from hybridvl.training.versions import versions
 
 
@@ -78,7 +79,7 @@ class RunSummary(Callback):
         self.metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
 
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
-        if not trainer.is_global_zero or trainer.fast_dev_run:
+        if not trainer.is_global_zero or is_dry_run(trainer):
             return
         parameters = list(module.parameters())
         path = run_folder(trainer) / "metrics.json"

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybridvl.training.answers import real_tokens, sample_count
+from hybridvl.training.trainer import logs_now
 
 
 class Throughput(Callback):
@@ -42,7 +43,7 @@ class Throughput(Callback):
         self._since = now
         self.tokens += real_tokens(batch)
         self.samples += sample_count(batch)
-        if trainer.global_step == self._logged[3] or trainer.global_step % trainer.log_every_n_steps:
+        if trainer.global_step == self._logged[3] or not logs_now(trainer):
             return
         tokens, samples, seconds, steps = self._logged
         elapsed = self.seconds - seconds
