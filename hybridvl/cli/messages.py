@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,12 +14,17 @@ from typing import Any, get_args
 import yaml
 from jsonargparse import ArgumentParser
 
+from hybridvl.layers.errors import ConfigError
+from hybridvl.models.config import ModelConfig
+from hybridvl.pattern import PatternError
+
 _UNKNOWN = (
     re.compile(r"[Uu]nrecognized arguments: --(?P<key>[\w.]+)"),
     re.compile(r"does not accept (?:option|nested key) '(?P<key>[\w.]+)'"),
     re.compile(r"Option '(?P<key>[\w.]+)' is not accepted"),
     re.compile(r"[Kk]ey '(?P<key>[\w.]+)' is not expected"),
 )
+_CLASS = re.compile(r"a <class '(\w+)'>")
 _TYPED = re.compile(r'Parser key "(?P<key>[\w.]+)": (?P<reason>.*)')
 
 
@@ -32,7 +39,18 @@ def explain(message: str, parser: ArgumentParser, files: Iterable[Path] = ()) ->
         if match:
             return _unknown(match["key"], known_keys(parser), files)
     match = _TYPED.search(text)
-    return f"{match['key']}: {match['reason']}" if match else text
+    return _CLASS.sub(r"\1", f"{match['key']}: {match['reason']}" if match else text)
+
+
+def with_path(error: ConfigError) -> str:
+    """The message with the path of the recipe's section in front, where a part of the model only knows its own name."""
+    message = str(error)
+    if isinstance(error, PatternError):
+        return f"model.net.pattern: {message}"
+    root = re.match(r"(\w+)(?=[.:]| =)", message)
+    if root and root[1] in {field.name for field in dataclasses.fields(ModelConfig)}:
+        return f"model.net.{message}"
+    return f"data.{message}" if root and root[1] == "images" else message
 
 
 def known_keys(parser: ArgumentParser) -> set[str]:
@@ -50,13 +68,28 @@ def _unknown(key: str, known: set[str], files: Iterable[Path]) -> str:
         paths = [path for file in files for path in _paths(_read(file), "") if path.rpartition(".")[2] == key]
         key = next((path for path in paths if path not in known), key)
     parent, _, leaf = key.rpartition(".")
+    if parent.endswith(".init_args"):
+        known = {f"{parent}.{name}" for name in _parameters(parent.removesuffix(".init_args"), files)}
     siblings = {path.rpartition(".")[2]: path for path in known if path.rpartition(".")[0] == parent}
     near = difflib.get_close_matches(leaf, siblings, n=1)
     if near:
         return f"{key}: unknown key, did you mean {siblings[near[0]]!r}?"
     near = difflib.get_close_matches(key, known, n=1)
-    hint = f", did you mean {near[0]!r}?" if near else f"; known here are {', '.join(sorted(siblings))}"
-    return f"{key}: unknown key{hint}"
+    if near:
+        return f"{key}: unknown key, did you mean {near[0]!r}?"
+    return f"{key}: unknown key" + (f"; known here are {', '.join(sorted(siblings))}" if siblings else "")
+
+
+def _parameters(section: str, files: Iterable[Path]) -> list[str]:
+    """What the class that a recipe names as `section`.class_path takes."""
+    for file in files:
+        node = _read(file)
+        for name in (*section.split("."), "class_path"):
+            node = node.get(name) if isinstance(node, Mapping) else None
+        module, _, attribute = str(node or "").rpartition(".")
+        if module:
+            return [*inspect.signature(getattr(importlib.import_module(module), attribute)).parameters]
+    return []
 
 
 def _fields(hint: Any) -> Iterator[str]:

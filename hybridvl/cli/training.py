@@ -13,12 +13,11 @@ from typing import Any, ClassVar
 
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
 
-from hybridvl.cli.messages import explain
+from hybridvl.cli.messages import explain, with_path
 from hybridvl.data.module import ChatDataModule
 from hybridvl.layers.errors import ConfigError
 from hybridvl.training.callbacks.checkpoints import BEST, LAST, Checkpoints
@@ -34,6 +33,7 @@ from hybridvl.training.callbacks.state_norms import StateNorms
 from hybridvl.training.callbacks.throughput import Throughput
 from hybridvl.training.checkpoint_io import AtomicCheckpointIO
 from hybridvl.training.supervised import SupervisedTuning
+from hybridvl.training.trainer import is_dry_run
 
 DESCRIPTIONS = {
     "fit": "Train a model from a recipe, test it, and leave a run folder: hybridvl fit --config recipes/digits.yaml",
@@ -179,17 +179,18 @@ class TrainingCLI(LightningCLI):
         run: RunConfig = self._get(self.config_init, "run")
         settings = self._get(self.config_init, "trainer")
         logger = settings.get("logger")
+        given: dict[str, Any] = {}
         if logger in (None, True):
-            kwargs["logger"] = TensorBoardLogger(run.root, run.name, run.version, default_hp_metric=False)
+            given["logger"] = TensorBoardLogger(run.root, run.name, run.version, default_hp_metric=False)
         plugins = settings.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
-        kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        given["plugins"] = [*plugins, AtomicCheckpointIO()]
         # The saved recipe repeats the run: from the beginning, as a new version.
         section = self.config[self._command]
         section.ckpt_path = section.run.version = None
         bar = settings.get("enable_progress_bar")
         self.trainer_defaults["callbacks"] = self._callbacks(progress_bar=bar is not False, logged=logger is not False)
-        return super().instantiate_trainer(**kwargs)
+        return super().instantiate_trainer(**given)
 
     def _callbacks(self, progress_bar: bool, logged: bool) -> list[Callback]:
         seed = self._get(self.config, "seed_everything")
@@ -197,7 +198,7 @@ class TrainingCLI(LightningCLI):
         if progress_bar:
             callbacks.append(StepProgress())
         if logged:
-            callbacks += [LearningRateMonitor("step"), HParams({"seed": seed})]
+            callbacks.append(HParams({"seed": seed}))
         return [*callbacks, ExportModel(), RunSummary()]
 
     def before_fit(self) -> None:
@@ -245,7 +246,10 @@ def main(argv: Sequence[str]) -> int:
         TrainingCLI(argv[0], argv[1:])
     except OmegaConfBaseException as error:
         place = str(getattr(error, "full_key", "") or "").removeprefix(f"{argv[0]}.")
-        raise ConfigError(f"{place or 'recipe'}: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0].replace(f"'{argv[0]}.", "'")
+        raise ConfigError(f"{place or 'recipe'}: {reason}") from error
+    except ConfigError as error:
+        raise ConfigError(with_path(error)) from error
     return 0
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +20,8 @@ from hybridvl.layers.errors import ConfigError
 
 PACKING_CHUNK = 8
 """Examples that a worker makes at a time when the main process packs them."""
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,7 @@ class BatchStream:
                 pin_memory=torch.cuda.is_available(),
                 # Its own generator: the default would draw from the global one and shift everything random after it.
                 generator=torch.Generator(),
+                worker_init_fn=_end_with_parent,
             )
         return iter(self._loader)
 
@@ -232,3 +238,12 @@ def _checked(made: Any) -> Any:
     if isinstance(made, _Failure):
         raise ConfigError(made.message)
     return made
+
+
+def _end_with_parent(worker: int) -> None:
+    """A worker's first call: let the kernel end it when the training process is killed.
+
+    torch's workers notice that their parent has gone, but one whose results nobody reads any more then waits for ever.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import zipfile
@@ -36,7 +37,8 @@ class AtomicCheckpointIO(CheckpointIO):
             os.replace(partial, path)
             _sync_folder(path.parent)
         except OSError as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
             kept = f"; the earlier {path} is untouched" if path.exists() else ""
             raise ConfigError(f"cannot save the checkpoint {path}: {error.strerror}{kept}") from error
 
@@ -63,7 +65,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"checkpoint {path}: holds pickled Python objects or is damaged; only tensors and plain values are loaded"
         ) from error
     except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"checkpoint {path}: damaged or not a checkpoint ({str(error).splitlines()[0]})") from error
+        reason = (str(error) or "it ends too early").splitlines()[0]
+        raise ConfigError(f"checkpoint {path}: damaged or not a checkpoint ({reason})") from error
     except OSError as error:
         raise ConfigError(f"checkpoint {path}: {error.strerror}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
 
 from hybridvl.data.module import ChatDataModule
 from hybridvl.layers.errors import ConfigError
@@ -30,8 +32,9 @@ MODEL_KEY = "hybridvl_model"
 class SupervisedTuning(LightningModule):
     """Trains a vision-language model on conversations.
 
-    Logs train/loss, train/token_accuracy; val/loss, val/token_accuracy, val/exact (whole answers, teacher-forced) and
-    val/<kind>_exact; test/exact, test/digit_accuracy, test/<kind>_exact from greedily generated replies.
+    Logs train/loss, train/token_accuracy, train/lr, train/gradient_norm; val/loss, val/token_accuracy, val/exact (whole
+    answers, teacher-forced), val/<kind>_exact; test/exact, test/digit_accuracy, test/<kind>_exact and
+    test/<kind>_digit_accuracy from greedily generated replies.
 
     Args:
         net: the model: pattern, mixers, sizes, vision tower.
@@ -67,7 +70,14 @@ class SupervisedTuning(LightningModule):
         loss, hits = self.token_loss(batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=1)
         self.log("train/token_accuracy", _rate(hits), batch_size=1)
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
         return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the norm of all gradients, before they are clipped."""
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+            gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+            self.log("train/gradient_norm", get_total_norm(gradients), batch_size=1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Teacher-forced accuracy of tokens and of whole answers."""
@@ -140,7 +150,10 @@ class SupervisedTuning(LightningModule):
 
     def token_loss(self, batch: Batch) -> TokenLoss:
         """Loss and hits over the label tokens of a batch; no other token reaches the output head."""
-        hidden = self.net.hidden(**model_inputs(batch))  # (B, T, D)
+        inputs = model_inputs(batch)
+        # Batches are padded on the right, where causal mixers never look from a real token: no mask is needed.
+        inputs.pop("attention_mask", None)
+        hidden = self.net.hidden(**inputs)  # (B, T, D)
         labels: Tensor = batch["labels"]
         predicts = label_positions(labels)
         targets = labels[:, 1:][predicts[:, :-1]]  # (N,)

@@ -75,7 +75,8 @@ RECIPE = {
 
 def recipe(folder: Path, name: str = "tiny", text: str = "") -> Path:
     """A recipe file whose runs lie in folder/runs/NAME; `text` is YAML that is merged into it."""
-    content = _merged({**RECIPE, "run": {"root": str(folder / "runs"), "name": name}}, yaml.safe_load(text) or {})
+    run = {"root": str(folder / "runs"), "name": name}
+    content = _merged({**RECIPE, "run": run}, yaml.safe_load(text) or {})
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
