@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hybridvl.cli.arguments import Arguments
 from hybridvl.layers.ops import attention, causal_conv, gated_delta_rule, ssd
 from hybridvl.layers.ops.backend import BackendChoice, backends_report
 from hybridvl.training.versions import versions
@@ -44,7 +44,7 @@ class Check:
 
 def main(argv: Sequence[str]) -> int:
     """Print the report; returns 1 when a usable backend computes the wrong thing."""
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="hybridvl doctor",
         description="Versions, devices, and for every operator its backends: usable or why not, which one 'auto' "
         "takes, and a short check of its numbers against the float64 reference.",

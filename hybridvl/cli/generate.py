@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hybridvl.cli.arguments import Arguments
 from hybridvl.inference.processor import Processor
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.checkpoints import load
@@ -72,7 +73,7 @@ def answer(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="hybridvl generate",
         description="Answer a prompt about images.",
         epilog="example: hybridvl generate runs/digits/version_0 --image page.png --prompt 'What is on line 2?'",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from hybridvl.cli.arguments import Arguments
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.checkpoints import read_config
 from hybridvl.models.config import ModelConfig, VisionConfig
@@ -43,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Arguments(
         prog="hybridvl plan",
         description="What layer patterns cost, before anything is built: parameters, FLOPs per token, bytes of state. "
         "Without --config the model around the pattern has the sizes of InfiniteVL-4B.",

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from omegaconf.errors import OmegaConfBaseException
 
 from hybridvl.cli.messages import explain, with_path
+from hybridvl.cli.mixer_flags import merge_mixer_flags
 from hybridvl.data.module import ChatDataModule
 from hybridvl.layers.errors import ConfigError
 from hybridvl.training.callbacks.checkpoints import BEST, LAST, Checkpoints
@@ -116,7 +117,7 @@ class TrainingCLI(LightningCLI):
                 },
             },
             parser_class=_Parser,
-            args=[command, *arguments],
+            args=[command, *merge_mixer_flags(arguments, _Parser.recipes)],
             auto_configure_optimizers=False,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 from torch.optim import Optimizer
 
 from hybridvl.data.module import ChatDataModule
@@ -17,11 +18,13 @@ from hybridvl.layers.errors import ConfigError
 from hybridvl.models.checkpoints import check_same_model
 from hybridvl.models.config import ModelConfig
 from hybridvl.models.vlm import VisionLanguageModel
+from hybridvl.training.agreement import check_agreement
 from hybridvl.training.answers import Question, answers_right, model_inputs, split_questions
 from hybridvl.training.losses import TokenLoss, label_positions, linear_cross_entropy
 from hybridvl.training.optim import OptimizerConfig, build_optimizer, build_schedule
 from hybridvl.training.replies import reply
 from hybridvl.training.scores import ReplyScores
+from hybridvl.training.trainer import logs_next
 
 Batch = Mapping[str, Any]
 
@@ -65,6 +68,12 @@ class SupervisedTuning(LightningModule):
         self._scores = ReplyScores()
         self._kind_counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
 
+    def setup(self, stage: str) -> None:
+        """Check that the data module makes what the model takes."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if isinstance(datamodule, ChatDataModule):
+            check_agreement(self.config, datamodule)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean cross-entropy over the batch's label tokens."""
         loss, hits = self.token_loss(batch)
@@ -75,7 +84,7 @@ class SupervisedTuning(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of all gradients, before they are clipped."""
-        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:
+        if logs_next(self.trainer):
             gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
             self.log("train/gradient_norm", get_total_norm(gradients), batch_size=1)
 
@@ -134,9 +143,27 @@ class SupervisedTuning(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW and the schedule, stepped once an optimizer step."""
-        optimizer = build_optimizer(self.net, self.optimizer_config)
-        schedule = build_schedule(optimizer, self.optimizer_config, self._total_steps())
+        config = self.optimizer_config
+        if config.fused is None and self.trainer.precision == "16-mixed":
+            config = dataclasses.replace(config, fused=False)  # a fused step unscales too late for clipping
+        optimizer = build_optimizer(self.net, config)
+        schedule = build_schedule(optimizer, config, self._total_steps())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer's flags say, also beside a fused optimizer in bfloat16, where Lightning would refuse."""
+        if self.trainer.precision == "16-mixed":
+            # Gradients are scaled here; Lightning knows when they can be clipped.
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val is not None and gradient_clip_algorithm == "value":
+            clip_grad_value_(self.net.parameters(), gradient_clip_val)
+        elif gradient_clip_val is not None:
+            clip_grad_norm_(self.net.parameters(), gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say in the checkpoint which model it is of."""

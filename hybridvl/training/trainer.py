@@ -13,3 +13,8 @@ def is_dry_run(trainer: Trainer) -> bool:
 def logs_now(trainer: Trainer) -> bool:
     """Whether the optimizer step just done is one after which the trainer logs."""
     return trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+
+
+def logs_next(trainer: Trainer) -> bool:
+    """Whether the optimizer step about to be done is one after which the trainer logs."""
+    return (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]

@@ -38,6 +38,10 @@ MISTAKES = [
     ("checkpoints: {monitor: val/exakt}", "", r"checkpoints\.monitor: .*'val/exakt'.*val/exact"),
     ("data: {max_tokens: 8}", "", r"8"),
     ("data: {tokenizer: /no/such/folder}", "", r"tokenizer '/no/such/folder' cannot be loaded"),
+    ("model: {net: {image_token_id: 9}}", "", r"model\.net\.image_token_id: 9; the tokenizer's <\|image_pad\|> is 6"),
+    ("model: {net: {vocab_size: 100}}", "", r"model\.net\.vocab_size: 100; the tokenizer has \d+ tokens"),
+    ("data: {images: {patch_size: 8}}", "", r"data\.images\.patch_size: 8; model\.net\.vision\.patch_size is 4"),
+    ("data: {images: {mean: [0.5, 0.5, 0.5], std: [1, 1, 1]}}", "", r"data\.images\.mean: 3 channels; .*channels is 1"),
     ("", "--ckpt_path nowhere.ckpt", r"ckpt_path: nowhere\.ckpt: no such file"),
     ("", "--ckpt_path last", r"ckpt_path: no .*last\.ckpt; there is nothing to go on from"),
 ]

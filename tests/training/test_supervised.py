@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 
 from hybridvl.layers.errors import ConfigError
 from hybridvl.training.answers import answers_right, model_inputs
@@ -172,3 +172,34 @@ def test_bfloat16_autocast_trains(tmp_path: Path) -> None:
     assert all(
         p.grad is None or (p.grad.dtype == torch.float32 and p.grad.isfinite().all()) for p in module.parameters()
     )
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_are_clipped_as_the_trainer_says(precision: Any, algorithm: str) -> None:
+    class Clipped(Callback):
+        largest = norm = 0.0
+
+        def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            if gradients:
+                self.norm = max(self.norm, float(torch.nn.utils.get_total_norm(gradients)))
+                self.largest = max(self.largest, *(float(gradient.abs().max()) for gradient in gradients))
+
+    seen = Clipped()
+    trainer = Trainer(
+        max_steps=3,
+        accelerator="cpu",
+        precision=precision,
+        gradient_clip_val=0.01,
+        gradient_clip_algorithm=algorithm,
+        callbacks=[seen],
+        logger=False,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(tiny.module(), datamodule=tiny.data())
+    measured = seen.norm if algorithm == "norm" else seen.largest
+    assert measured == pytest.approx(0.01, rel=1e-3)

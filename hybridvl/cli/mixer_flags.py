@@ -1,0 +1,47 @@
+"""Flags for single options of mixers, which jsonargparse alone would let replace all the other options."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_FLAG = re.compile(r"--model\.net\.mixers\.(?P<mixer>\w+)\.(?P<option>\w+)(?:=(?P<value>.*))?", re.DOTALL)
+
+
+def merge_mixer_flags(arguments: Sequence[str], recipes: Iterable[Path]) -> list[str]:
+    """The arguments with every `--model.net.mixers.NAME.OPTION VALUE` joined to what the recipes say of NAME.
+
+    Each becomes `--model.net.mixers.NAME={...}` with the options of the last recipe that has mixers, and the flags'.
+    """
+    options = _mixers(recipes)
+    merged: list[str] = []
+    waiting = iter(arguments)
+    for argument in waiting:
+        match = _FLAG.fullmatch(argument)
+        if match is None:
+            merged.append(argument)
+            continue
+        value = match["value"] if match["value"] is not None else next(waiting, "")
+        mixer = options.setdefault(match["mixer"], {})
+        mixer[match["option"]] = yaml.safe_load(value)
+        merged.append(f"--model.net.mixers.{match['mixer']}={json.dumps(mixer)}")
+    return merged
+
+
+def _mixers(recipes: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for recipe in recipes:
+        try:
+            node = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            continue  # the parser will say what is wrong with it
+        for key in ("model", "net", "mixers"):
+            node = node.get(key) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            found = {name: dict(options) for name, options in node.items() if isinstance(options, dict)}
+    return found
