@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -53,12 +54,18 @@ class RunConfig:
         root: folder of all runs.
         version: folder of this run; null numbers them (version_0, version_1, ...).
         test: whether a fit ends with the test.
+        threads: CPU threads of the main process; small models run fastest on 1. null leaves torch's choice.
     """
 
     name: str = "run"
     root: str = "runs"
     version: str | None = None
     test: bool = True
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"run.threads: {self.threads}; expected at least 1, or null")
 
     @property
     def folder(self) -> Path:
@@ -178,6 +185,8 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self) -> Trainer:  # type: ignore[override]  # LightningCLI passes nothing
         """The trainer with our logger, callbacks and atomic checkpoint files."""
         run: RunConfig = self._get(self.config_init, "run")
+        if run.threads is not None:
+            torch.set_num_threads(run.threads)
         settings = self._get(self.config_init, "trainer")
         logger = settings.get("logger")
         given: dict[str, Any] = {}
