@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -252,6 +253,7 @@ def main(argv: Sequence[str]) -> int:
     for talkative in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(talkative).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
+    threading.excepthook = _report_in_thread
     try:
         TrainingCLI(argv[0], argv[1:])
     except OmegaConfBaseException as error:
@@ -260,7 +262,15 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"{place or 'recipe'}: {reason}") from error
     except ConfigError as error:
         raise ConfigError(with_path(error)) from error
+    finally:
+        threading.excepthook = threading.__excepthook__
     return 0
+
+
+def _report_in_thread(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer thread hands a failed write on to the main thread, which reports it once."""
+    if not isinstance(failed.exc_value, OSError):
+        threading.__excepthook__(failed)
 
 
 def _config_files(arguments: Sequence[str]) -> list[Path]:
