@@ -260,11 +260,21 @@ def main(argv: Sequence[str]) -> int:
         place = str(getattr(error, "full_key", "") or "").removeprefix(f"{argv[0]}.")
         reason = str(error).splitlines()[0].replace(f"'{argv[0]}.", "'")
         raise ConfigError(f"{place or 'recipe'}: {reason}") from error
-    except ConfigError as error:
-        raise ConfigError(with_path(error)) from error
+    except ValueError as error:
+        mistake = _mistake(error)
+        if mistake is None:
+            raise
+        raise ConfigError(with_path(mistake)) from error
     finally:
         threading.excepthook = threading.__excepthook__
     return 0
+
+
+def _mistake(error: BaseException | None) -> ConfigError | None:
+    """The ConfigError behind an error: where a type is optional, jsonargparse wraps what the constructor raised."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _report_in_thread(failed: threading.ExceptHookArgs) -> None:
