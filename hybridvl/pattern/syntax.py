@@ -89,6 +89,7 @@ class _Parser:
         self.at = 0
         self.open: list[tuple[int, list[LayerSpec]]] = []  # offset of each open "(" and the layers before it
         self.layers: list[LayerSpec] = []  # of the innermost open group so far
+        self.repeated = False  # whether the unit before the cursor has its "*" INT
 
     def pattern(self) -> list[LayerSpec]:
         while True:
@@ -103,10 +104,11 @@ class _Parser:
             elif _NAME.match(self.text, self.at):
                 start, layer = self.at, self.layer()
                 self.add([layer], self.repetition(1), start)
-            elif character in ("", "@") and self.layers:
+            elif self.layers and (not character or (character == "@" and not self.open)):
                 break
             else:
-                self.refuse(f"a mixer name or '('{self.expected_besides()}", self.unit_hint(character))
+                besides = self.expected_besides() if self.layers else ""
+                self.refuse(f"a mixer name or '('{besides}", self.unit_hint(character))
         if self.open:
             raise PatternError("this '(' is never closed; expected a ')' for it", self.text, self.open[-1][0])
         return self.tiled() if character == "@" else self.layers
@@ -124,7 +126,7 @@ class _Parser:
         count = self.repetition(len(inner))
         self.skip_space()
         if self.peek() == "+":
-            self.refuse("a layer, '*', ')', '@' or the end", "'+' joins mixers, not groups")
+            self.refuse(f"a layer{self.expected_besides()}", "'+' joins mixers, not groups")
         self.add(inner, count, start)
 
     def add(self, layers: list[LayerSpec], count: int, at: int) -> None:
@@ -139,7 +141,8 @@ class _Parser:
     def repetition(self, unit: int) -> int:
         """The INT of "*" INT after a unit of that many layers, or 1."""
         self.skip_space()
-        if self.peek() != "*":
+        self.repeated = self.peek() == "*"
+        if not self.repeated:
             return 1
         self.at += 1
         return self.count("'*'", MAX_LAYERS // unit, f"x {unit} layer{'s' if unit > 1 else ''}")
@@ -265,14 +268,17 @@ class _Parser:
         return self.text[self.at : self.at + 1]
 
     def expected_besides(self) -> str:
-        """What may stand here besides a layer, if there are layers before."""
-        if not self.layers:
-            return ""
-        return ", '*' or ')'" if self.open else ", '*', '@' or the end"
+        """What may stand here, after a unit, besides another."""
+        star = "" if self.repeated else ", '*'"
+        return f"{star} or ')'" if self.open else f"{star}, '@' or the end"
 
     def unit_hint(self, character: str) -> str:
         if not character and not self.text.strip():
             return "the pattern is empty"
+        if character == "@":
+            return "'@' tiles the whole pattern and stands at its end"
+        if character == "*" and self.layers:
+            return "one repetition for each unit; parentheses make a unit: (gdn*3)*2"
         if character == "=":
             return "options follow their mixer's name without a space: swa(window=4096)"
         if character == ",":
