@@ -112,7 +112,19 @@ def _read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     tensors = read_weights(folder)
     if "pattern" not in values:
         tensors = {translate_name(name, values, str(folder)): tensor for name, tensor in tensors.items()}
+        if config.tie_embeddings:
+            _drop_tied_head(tensors, folder)
     return config, tensors
+
+
+def _drop_tied_head(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Some checkpoints with a tied head hold it all the same; it must be the embedding then."""
+    head, embedding = tensors.pop("lm_head.weight", None), tensors.get("decoder.embed_tokens.weight")
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
+        raise ConfigError(
+            f"{folder}: lm_head.weight differs from the embedding, though config.json ties them; expected equal "
+            "tensors, or tie_word_embeddings false"
+        )
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:

@@ -86,6 +86,23 @@ def test_module_spelling_shards_and_flat_config(tmp_path: Path) -> None:
         hybridvl.load(tmp_path)
 
 
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tied_head_may_be_saved_as_well(tmp_path: Path, equal: bool) -> None:
+    tensors = load_file(QWEN / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = embedding.clone() if equal else embedding + 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    values = json.loads((QWEN / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "tie_word_embeddings": True}))
+    if equal:
+        model = hybridvl.load(tmp_path)
+        assert model.lm_head is None
+        assert torch.equal(model.lm_head_weight, embedding)
+    else:
+        with pytest.raises(ConfigError, match=r"lm_head\.weight differs from the embedding"):
+            hybridvl.load(tmp_path)
+
+
 def test_published_configs_without_the_optional_fields(tmp_path: Path) -> None:
     """Fields that the published InfiniteVL config leaves out, and a model whose later layers slide."""
     values = json.loads((DATA / "infinitevl_tiny_standard" / "config.json").read_text())
