@@ -35,7 +35,7 @@ class FullAttentionState(KeyValueState):
 
     def append(self, k: Tensor, v: Tensor, counts: Tensor) -> int:
         """See `KeyValueState.append`; makes room first, which reads the lengths on the host."""
-        needed = int((self.length + counts).max())
+        needed = int((self.length + counts).max()) if len(counts) else 0
         if needed > self.slots:
             self._resize(-(-needed // BLOCK) * BLOCK)
         super().append(k, v, counts)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hybridvl.layers.base import Mixer, RotaryTable, Sequence, State
+from hybridvl.layers.ops.checks import check_segments
 from hybridvl.layers.ops.packing import pad_packed, unpad_packed
 
 
@@ -33,6 +34,7 @@ class RowMixer(Mixer):
         """See `Mixer.forward`."""
         boundaries = sequence.cu_seqlens
         if state is not None:
+            check_segments(type(self).__name__, boundaries, *x.shape[:2])
             _check_rows(x, sequence, state)
         if sequence.mask is not None:
             return self._mix_padded(x, sequence, sequence.mask, state)

@@ -60,6 +60,8 @@ def chunked_recurrence(
     q, k: (B, T, Hk, K), head h of v uses head h // (H / Hk). v: (B, T, H, V). g, beta: (B, T, H). state: (B, H, K, V).
     Returns o (B, T, H, V) in v's dtype and the final state in float32 (float64 if any input is). Differentiable once.
     """
+    if not v.numel():  # no rows or no tokens
+        return torch.zeros_like(v), state.to(internal_dtype(q, k, v, g, beta, state))
     o, final = _Recurrence.apply(q, k, v, g, beta, state, scale)
     return o, final
 

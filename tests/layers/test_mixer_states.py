@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hybridvl.layers import Mixer, MixerConfig, Sequence
+from hybridvl.layers import ConfigError, Mixer, MixerConfig, Sequence
 from hybridvl.layers.full import FullAttentionConfig
 from hybridvl.layers.gdn import GatedDeltaNetConfig
 from hybridvl.layers.mamba2 import Mamba2Config
@@ -36,6 +36,25 @@ def test_rows_must_agree(config: MixerConfig) -> None:
     packed = Sequence(cu_seqlens=torch.tensor([0, 2, 6]))
     with pytest.raises(ValueError, match=r"state has 1 rows .*, the input has 2 rows or segments"):
         mixer(x[:1], packed, mixer.init_state(1))
+
+
+@ALL
+@pytest.mark.parametrize("bounds", [[0, 3], [0, 3, 9], [0, 5, 3, 7]])
+def test_boundaries_must_rise_to_the_end_with_a_state(config: MixerConfig, bounds: list[int]) -> None:
+    mixer, x = build(config), torch.randn(1, 7, 8, dtype=torch.float64)
+    with pytest.raises(ConfigError, match="expected to rise from 0 to the 7 tokens of the row"):
+        mixer(x, Sequence(cu_seqlens=torch.tensor(bounds)), mixer.init_state(len(bounds) - 1))
+
+
+@ALL
+def test_no_rows_give_no_rows_and_zero_gradients(config: MixerConfig) -> None:
+    mixer = build(config)
+    for state in (None, mixer.init_state(0)):
+        x = torch.randn(0, 70, 8, dtype=torch.float64, requires_grad=True)
+        y = mixer(x, Sequence(), state)
+        assert y.shape == (0, 70, 8)
+        y.sum().backward()
+        assert all(parameter.grad is None or not parameter.grad.any() for parameter in mixer.parameters())
 
 
 @ALL
