@@ -10,6 +10,9 @@ from torch import Tensor
 
 from hybridvl.layers import ConfigError
 from hybridvl.layers.norms import at_least_float32
+from hybridvl.layers.ops.checks import check_segments
+from hybridvl.models.config import VIDEO_CONVENTIONS
+from hybridvl.models.vision_plan import Grid, grid_tuples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,10 @@ class PositionRules:
     merge_size: int = 2
     tokens_per_second: float = 2.0
     video_convention: str = "v457"
+
+    def __post_init__(self) -> None:
+        if self.video_convention not in VIDEO_CONVENTIONS:
+            raise ConfigError(f"video_convention: {self.video_convention!r}; expected one of {VIDEO_CONVENTIONS}")
 
 
 @dataclass(frozen=True)
@@ -78,12 +85,16 @@ def check_layout(
     shape: tuple[int, ...], attention_mask: Tensor | None, cu_seqlens: Tensor | None, row_state: Tensor | None
 ) -> None:
     """Raise ConfigError unless the mask, or the packing of one row, and what a state holds per row fit (B, T)."""
+    if len(shape) != 2:
+        raise ConfigError(f"input_ids: shape {shape}; expected (B, T)")
     if attention_mask is not None and tuple(attention_mask.shape) != shape:
         raise ConfigError(
             f"attention_mask: shape {tuple(attention_mask.shape)}; expected {shape}, the new tokens alone"
         )
     if cu_seqlens is not None and (attention_mask is not None or shape[0] != 1):
         raise ConfigError("cu_seqlens: packed segments lie in one row (B = 1) and need no attention_mask")
+    if not torch.compiler.is_compiling():  # a compiled graph cannot look at the boundaries
+        check_segments("input_ids", cu_seqlens, *shape)
     rows = shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
     if row_state is not None and len(row_state) != rows:
         raise ConfigError(f"state: {len(row_state)} rows; expected {rows}, one per row or packed segment of the input")
@@ -105,6 +116,8 @@ def row_ends(position_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Te
     if cu_seqlens is not None:
         ends = largest.new_full((cu_seqlens.numel() - 1,), -1)
         return ends.scatter_reduce(0, _segment_of(cu_seqlens, largest.shape[1]), largest[0], "amax") + 1
+    if not largest.shape[1]:
+        return largest.new_zeros(largest.shape[0])
     if attention_mask is not None:
         largest = largest.masked_fill(attention_mask == 0, -1)
     return largest.amax(1) + 1
@@ -146,11 +159,17 @@ class _Visuals:
     def __init__(self, rules: PositionRules, grids: VisualGrids) -> None:
         self.rules = rules
         self.tokens = {rules.image_token_id: "image", rules.video_token_id: "video"}
-        self.grids: dict[str, Iterator[list[int]]] = {
-            "image": iter([] if grids.images is None else grids.images.tolist()),
-            "video": iter([] if grids.videos is None else grids.videos.tolist()),
-        }
-        self.seconds = None if grids.seconds is None else iter(torch.as_tensor(grids.seconds).tolist())
+        images = () if grids.images is None else grid_tuples(grids.images, "image_grid_thw")
+        videos = () if grids.videos is None else grid_tuples(grids.videos, "video_grid_thw")
+        self.grids: dict[str, Iterator[Grid]] = {"image": iter(images), "video": iter(videos)}
+        seconds = [1.0] * len(videos)
+        if grids.seconds is not None and grids.videos is not None:
+            seconds = torch.as_tensor(grids.seconds).flatten().tolist()
+        if len(seconds) != len(videos):
+            raise ConfigError(
+                f"second_per_grid_ts: {len(seconds)} numbers for {len(videos)} video grids; expected one for each"
+            )
+        self.seconds = iter(seconds)
 
     def place(self, ids: Tensor, position: int) -> Tensor:
         """Positions (3, L) of one row's real tokens ids (L,), the first at `position`."""
@@ -187,7 +206,7 @@ class _Visuals:
         found = int((ids[:size] == token).sum())
         if found != size:
             raise ConfigError(
-                f"input_ids: {found} {kind} tokens (id {token}) where the grid {grid} asks for {size} tokens"
+                f"input_ids: {found} {kind} tokens (id {token}) where the grid {list(grid)} asks for {size} tokens"
             )
         times, step = self._times(kind, frames), torch.arange(max(rows, columns), device="cpu")
         axes = torch.meshgrid(times, step[:rows], step[:columns], indexing="ij")
@@ -199,7 +218,7 @@ class _Visuals:
         index = torch.arange(frames, device="cpu")
         if kind == "image":
             return index
-        seconds = 1.0 if self.seconds is None else float(next(self.seconds, 1.0))
+        seconds = float(next(self.seconds))
         if self.rules.video_convention == "v457":
             seconds = float(int(seconds))
         return (index * seconds * self.rules.tokens_per_second).to(torch.int64)

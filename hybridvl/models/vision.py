@@ -21,6 +21,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig, out_width: int, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.config = config
+        self.out_width = out_width
         self.activation_checkpointing = activation_checkpointing
         self.patch_embed = PatchEmbedding(config)
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.depth))
@@ -35,6 +36,8 @@ class VisionTower(nn.Module):
         """
         grids = grid_tuples(grid_thw)
         self._check(pixel_values, grids)
+        if not grids:
+            return self.patch_embed.proj.weight.new_zeros(0, self.out_width)
         plan = vision_plan(grids, self.config, pixel_values.device)
         x = self.patch_embed(pixel_values)  # (P, width)
         x = x.unflatten(0, (-1, self.config.spatial_merge_size**2))[plan.order].flatten(0, 1)
@@ -64,7 +67,7 @@ class VisionTower(nn.Module):
                 raise ConfigError(f"grid_thw: {list(grid)}; expected rows and columns that are multiples of {merge}")
         patches = sum(t * h * w for t, h, w in grids)
         wanted = (patches, self.config.patch_dim)
-        if tuple(pixel_values.shape) != wanted or not grids:
+        if tuple(pixel_values.shape) != wanted:
             raise ConfigError(
                 f"pixel_values: shape {tuple(pixel_values.shape)}; expected {wanted} for {len(grids)} grids"
             )

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from hybridvl.layers import ConfigError
 from hybridvl.models.config import VisionConfig
 
 Grid = tuple[int, int, int]
@@ -148,7 +149,10 @@ def _moved(plan: VisionPlan, device: torch.device) -> VisionPlan:
     )
 
 
-def grid_tuples(grid_thw: Tensor | Sequence[Sequence[int]]) -> tuple[Grid, ...]:
-    """The rows of grid_thw (n, 3) as tuples of ints."""
+def grid_tuples(grid_thw: Tensor | Sequence[Sequence[int]], name: str = "grid_thw") -> tuple[Grid, ...]:
+    """The rows of grid_thw (n, 3) as tuples of ints; any other shape is a ConfigError that calls it `name`."""
+    shape = tuple(torch.as_tensor(grid_thw).shape)
+    if shape[1:] != (3,) and shape != (0,):
+        raise ConfigError(f"{name}: shape {shape}; expected (n, 3), frames, rows and columns of each")
     rows = grid_thw.tolist() if isinstance(grid_thw, Tensor) else grid_thw
     return tuple((int(t), int(h), int(w)) for t, h, w in rows)

@@ -193,6 +193,7 @@ class VisionLanguageModel(nn.Module):
         video_grid_thw: Tensor | None = None,
     ) -> Tensor:
         """Embeddings (B, T, D) of the tokens, with visual features in the places of visual tokens."""
+        check_layout(tuple(input_ids.shape), None, None, None)
         embeds = self.decoder.embed_tokens(input_ids)
         config = self.config
         embeds = self._scatter(embeds, input_ids, "image", config.image_token_id, pixel_values, image_grid_thw)
@@ -268,7 +269,7 @@ def position_rules(config: ModelConfig, video_convention: str | None = None) -> 
         video_token_id=config.video_token_id,
         merge_size=1 if config.vision is None else config.vision.spatial_merge_size,
         tokens_per_second=config.tokens_per_second,
-        video_convention=video_convention or config.video_convention,
+        video_convention=config.video_convention if video_convention is None else video_convention,
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_cases import DATA, Recorded
+from model_cases import DATA, Recorded, small_model
 
 from hybridvl.layers import ConfigError
 from hybridvl.models.positions import (
@@ -124,3 +124,49 @@ def test_sections_must_fit_the_head() -> None:
         rotary_sections(16, (3, 3, 3))
     with pytest.raises(ConfigError, match="head_dim: 24; expected a multiple of 16"):
         rotary_sections(24, None)
+
+
+def test_unknown_video_convention() -> None:
+    with pytest.raises(ConfigError, match=r"video_convention: 'v999'; expected one of \('v457', 'v523'\)"):
+        dataclasses.replace(RULES, video_convention="v999")
+    for name in ("v999", ""):
+        with pytest.raises(ConfigError, match=f"video_convention: '{name}'"):
+            small_model("full").rope_positions(torch.tensor([[1, 2]]), video_convention=name)
+
+
+@pytest.mark.parametrize("seconds", [[], [1.0], [1.0, 1.0, 1.0]])
+def test_every_video_has_its_seconds(seconds: list[float]) -> None:
+    ids, videos = torch.tensor([[251, 251, 1, 251, 251]]), torch.tensor([[2, 2, 2], [2, 2, 2]])
+    message = rf"second_per_grid_ts: {len(seconds)} numbers for 2 video grids"
+    with pytest.raises(ConfigError, match=message):
+        rope_positions(RULES, ids, VisualGrids(videos=videos, seconds=torch.tensor(seconds)))
+    right = rope_positions(RULES, ids, VisualGrids(videos=videos, seconds=[1.0, 3.0]))
+    assert right[0, 0].tolist() == [0, 2, 3, 4, 10]
+
+
+def test_ends_of_rows_without_slots() -> None:
+    nothing = torch.zeros(3, 2, 0, dtype=torch.int64)
+    assert row_ends(nothing, None, None).tolist() == [0, 0]
+    assert row_ends(nothing, torch.ones(2, 0), None).tolist() == [0, 0]
+    assert row_ends(nothing[:, :1], None, torch.tensor([0, 0, 0])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("grid", [[1, 4, 6], [[1, 4]], [[[1, 4, 6]]]])
+def test_shape_of_grids(kind: str, grid: list[object]) -> None:
+    with pytest.raises(ConfigError, match=rf"{kind}_grid_thw: shape \(.*\); expected \(n, 3\)"):
+        rope_positions(RULES, torch.tensor([[1, 2]]), VisualGrids(**{f"{kind}s": torch.tensor(grid)}))
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 1, 4)])
+def test_shape_of_tokens(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"input_ids: shape \(.*\); expected \(B, T\)"):
+        rope_positions(RULES, torch.ones(shape, dtype=torch.int64), VisualGrids())
+
+
+@pytest.mark.parametrize("bounds", [[0, 3], [0, 3, 9], [0, 5, 3, 7], [1, 7]])
+@pytest.mark.parametrize("image", [False, True])
+def test_segments_must_cover_the_row(bounds: list[int], image: bool) -> None:
+    ids = torch.tensor([[1, *[250] * 6]]) if image else torch.ones(1, 7, dtype=torch.int64)
+    with pytest.raises(ConfigError, match="expected to rise from 0 to the 7 tokens of the row"):
+        rope_positions(RULES, ids, VisualGrids(GRID if image else None), cu_seqlens=torch.tensor(bounds))

@@ -136,6 +136,7 @@ def test_activation_checkpointing_changes_nothing(tower: VisionTower) -> None:
     [
         ((23, 1176), [[1, 4, 6]], r"pixel_values: shape \(23, 1176\); expected \(24, 1176\) for 1 grids"),
         ((24, 1175), [[1, 4, 6]], r"shape \(24, 1175\); expected \(24, 1176\)"),
+        ((24, 1176), [1, 4, 6], r"grid_thw: shape \(3,\); expected \(n, 3\)"),
         ((15, 1176), [[1, 3, 5]], r"grid_thw: \[1, 3, 5\]; expected rows and columns that are multiples of 2"),
     ],
 )

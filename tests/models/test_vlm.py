@@ -320,3 +320,49 @@ def test_images_need_a_vision_tower() -> None:
     model = VisionLanguageModel(small_config("full", vision=None))
     with pytest.raises(ConfigError, match="a model without a vision tower"):
         model(torch.tensor([[90]]), pixel_values=torch.zeros(4, 1176), image_grid_thw=torch.tensor([[1, 2, 2]]))
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 1, 4)])
+def test_tokens_come_in_rows(shape: tuple[int, ...]) -> None:
+    model, ids = small_model("full"), torch.ones(shape, dtype=torch.int64)
+    for call in (model, model.hidden, model.generate, model.embed, model.rope_positions):
+        with pytest.raises(ConfigError, match=r"input_ids: shape \(.*\); expected \(B, T\)"):
+            call(ids)
+
+
+@pytest.mark.parametrize("bounds", [[0, 3], [0, 3, 9], [0, 5, 3, 7]])
+@pytest.mark.parametrize("with_state", [False, True])
+@pytest.mark.parametrize("with_positions", [False, True])
+def test_segments_must_cover_the_row(bounds: list[int], with_state: bool, with_positions: bool) -> None:
+    model = small_model("swa gdn")
+    with pytest.raises(ConfigError, match="expected to rise from 0 to the 7 tokens of the row"):
+        model(
+            torch.ones(1, 7, dtype=torch.int64),
+            position_ids=torch.zeros(3, 1, 7, dtype=torch.int64) if with_positions else None,
+            cu_seqlens=torch.tensor(bounds),
+            state=model.init_state(len(bounds) - 1) if with_state else None,
+        )
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@torch.no_grad()
+def test_no_rows_and_no_tokens(pattern: str) -> None:
+    model, row = small_model(pattern), prompts()[1]
+    assert model(row.input_ids[:0]).logits.shape == (0, 11, 96)
+    assert model(row.input_ids[:0], state=model.init_state(0)).logits.shape == (0, 11, 96)
+    state = model.init_state(1)
+    first = logits_alone(model, Prompt(row.input_ids[:, :6]), state)
+    assert logits_alone(model, Prompt(row.input_ids[:, :0]), state).shape == (1, 0, 96)
+    assert (state.length.tolist(), state.next_position.tolist()) == ([6], [6])
+    second = logits_alone(model, Prompt(row.input_ids[:, 6:]), state)
+    assert relative_error(torch.cat((first, second), dim=1), logits_alone(model, row)) <= 2e-5
+
+
+@torch.no_grad()
+def test_no_images() -> None:
+    model, ids = small_model("full"), torch.tensor([[1, 2, 3]])
+    pixels, grids = torch.zeros(0, VISION.patch_dim), torch.zeros(0, 3, dtype=torch.int64)
+    assert model.encode_images(pixels, grids).shape == (0, 32)
+    assert torch.equal(model(ids, pixel_values=pixels, image_grid_thw=grids).logits, model(ids).logits)
+    with pytest.raises(ConfigError, match=r"pixel_values: shape \(4, 1176\); expected \(0, 1176\) for 0 grids"):
+        model.encode_images(torch.zeros(4, VISION.patch_dim), grids)
