@@ -28,16 +28,17 @@ _CLASS = re.compile(r"a <class '(\w+)'>")
 _TYPED = re.compile(r'Parser key "(?P<key>[\w.]+)": (?P<reason>.*)')
 
 
-def explain(message: str, parser: ArgumentParser, files: Iterable[Path] = ()) -> str:
+def explain(message: str, parser: ArgumentParser, files: Iterable[Path] = (), flags: Iterable[str] = ()) -> str:
     """The message on one line, an unknown key with its whole path and the nearest known one.
 
-    files: the recipes that were read, to find where a key stands when the message does not say.
+    files: the recipes that were read, and flags: the keys on the command line, to find where a key stands when the
+    message does not say.
     """
     text = " ".join(message.split())
     for pattern in _UNKNOWN:
         match = pattern.search(text)
         if match:
-            return _unknown(match["key"], known_keys(parser), files)
+            return _unknown(match["key"], known_keys(parser), files, flags)
     match = _TYPED.search(text)
     return _CLASS.sub(r"\1", f"{match['key']}: {match['reason']}" if match else text)
 
@@ -62,14 +63,15 @@ def known_keys(parser: ArgumentParser) -> set[str]:
     return {key for key in keys if key.split(".")[-1] != "help" and ".help." not in key}
 
 
-def _unknown(key: str, known: set[str], files: Iterable[Path]) -> str:
+def _unknown(key: str, known: set[str], files: Iterable[Path], flags: Iterable[str]) -> str:
     if "." not in key:
-        # The message names only the last part; the recipe knows where it stands.
-        paths = [path for file in files for path in _paths(_read(file), "") if path.rpartition(".")[2] == key]
+        # The message names only the last part; the command line or the recipe knows where it stands.
+        paths = [flag for flag in flags if flag.rpartition(".")[2] == key]
+        paths += [path for file in files for path in _paths(_read(file), "") if path.rpartition(".")[2] == key]
         key = next((path for path in paths if path not in known), key)
     parent, _, leaf = key.rpartition(".")
-    if parent.endswith(".init_args"):
-        known = {f"{parent}.{name}" for name in _parameters(parent.removesuffix(".init_args"), files)}
+    taken = _parameters(parent.removesuffix(".init_args"), files)
+    known = {f"{parent}.{name}" for name in taken} or known
     siblings = {path.rpartition(".")[2]: path for path in known if path.rpartition(".")[0] == parent}
     near = difflib.get_close_matches(leaf, siblings, n=1)
     if near:

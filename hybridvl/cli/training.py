@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 import threading
 import warnings
@@ -14,6 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from jsonargparse import set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -44,6 +47,10 @@ DESCRIPTIONS = {
     "test": "Score generated replies of a checkpoint: hybridvl test --config RUN/config.yaml --ckpt_path last",
     "predict": "Write replies to RUN/predictions.jsonl: hybridvl predict --config RUN/config.yaml --ckpt_path last",
 }
+
+
+# What the system answers when the run folder cannot be made where the recipe wants it.
+_NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 @dataclass(frozen=True)
@@ -77,13 +84,14 @@ class RunConfig:
 class _Parser(LightningArgumentParser):
     """A parser whose error output begins with the mistake."""
 
-    # For messages, which nested parsers raise too: the command's own parser, and the files given with --config.
+    # For messages, which nested parsers raise too: the command's own parser, the files given with --config, all flags.
     command: ClassVar[LightningArgumentParser | None] = None
     recipes: ClassVar[list[Path]] = []
+    flags: ClassVar[list[str]] = []
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Print one explanation and exit with status 2."""
-        print(f"error: {explain(message, self.command or self, self.recipes)}", file=sys.stderr)
+        print(f"error: {explain(message, self.command or self, self.recipes, self.flags)}", file=sys.stderr)
         self.exit(2)
 
 
@@ -91,9 +99,15 @@ class _SaveConfig(SaveConfigCallback):
     """Writes the resolved config.yaml of a fit; other commands leave a run's own file alone."""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Write it."""
-        if stage == "fit":
-            super().setup(trainer, pl_module, stage)
+        """Wait: a checkpoint to go on from may yet be refused, and the run's file must then be as before."""
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write it before the first validation of a fit."""
+        super().setup(trainer, pl_module, "fit")
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write it if there was no such validation."""
+        super().setup(trainer, pl_module, "fit")
 
 
 class TrainingCLI(LightningCLI):
@@ -107,6 +121,7 @@ class TrainingCLI(LightningCLI):
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         self._command = command
         _Parser.recipes = _config_files(arguments)
+        _Parser.flags = [word[2:].partition("=")[0] for word in arguments if word.startswith("--")]
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         super().__init__(
             SupervisedTuning,
@@ -214,6 +229,7 @@ class TrainingCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Say what is trained, and where."""
+        self._make_folder()
         net = self.model.net
         trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
         frozen = "" if trainable == net.num_params else f", {trainable:,} of them trained"
@@ -225,6 +241,18 @@ class TrainingCLI(LightningCLI):
         if self._get(self.config_init, "run").test and not is_dry_run(self.trainer):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         self._report()
+
+    def before_validate(self) -> None:
+        """Make the run folder."""
+        self._make_folder()
+
+    def before_test(self) -> None:
+        """Make the run folder."""
+        self._make_folder()
+
+    def before_predict(self) -> None:
+        """Make the run folder."""
+        self._make_folder()
 
     def validate(self, model: SupervisedTuning, datamodule: ChatDataModule, ckpt_path: str) -> None:
         """Validate without Lightning's table of metrics; the report has them."""
@@ -241,6 +269,17 @@ class TrainingCLI(LightningCLI):
     def after_test(self) -> None:
         """Say where everything is."""
         self._report()
+
+    def _make_folder(self) -> None:
+        if is_dry_run(self.trainer):
+            return
+        try:
+            os.makedirs(run_folder(self.trainer), exist_ok=True)
+        except OSError as error:
+            if error.errno not in _NO_FOLDER:
+                raise
+            root = self._get(self.config_init, "run").root
+            raise ConfigError(f"run.root: {root}: cannot make the run folder there ({error.strerror})") from error
 
     def _report(self) -> None:
         summary = next(c for c in self.trainer.callbacks if isinstance(c, RunSummary))  # type: ignore[attr-defined]
@@ -260,6 +299,8 @@ def main(argv: Sequence[str]) -> int:
         place = str(getattr(error, "full_key", "") or "").removeprefix(f"{argv[0]}.")
         reason = str(error).splitlines()[0].replace(f"'{argv[0]}.", "'")
         raise ConfigError(f"{place or 'recipe'}: {reason}") from error
+    except MisconfigurationException as error:
+        raise ConfigError(f"trainer: {str(error).strip().splitlines()[0]}") from error
     except ValueError as error:
         mistake = _mistake(error)
         if mistake is None:

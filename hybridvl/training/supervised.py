@@ -109,7 +109,8 @@ class SupervisedTuning(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log exact matches by kind of question."""
         for kind, (right, total) in self._kind_counts.items():
-            self.log(f"val/{kind}_exact", right / total, batch_size=total)
+            if kind:  # questions without one are in val/exact alone
+                self.log(f"val/{kind}_exact", right / total, batch_size=total)
 
     def on_test_epoch_start(self) -> None:
         """Forget the scores of the previous pass."""

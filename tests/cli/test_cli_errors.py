@@ -24,6 +24,10 @@ MISTAKES = [
     ("", "--model.optimizer.lrr 3", r"model\.optimizer\.lrr: unknown key, did you mean 'model\.optimizer\.lr'\?"),
     ("model: {net: {mixers: {swa: {windw: 4}}}}", "", r"model\.net\.mixers\.swa\.windw: .*'window'"),
     ("data: {task: {init_args: {turms: 3}}}", "", r"init_args\.turms: unknown key, did you mean .*init_args\.turns'"),
+    ("", "--data.task.trns 3", r"data\.task\.trns: unknown key, did you mean 'data\.task\.turns'\?"),
+    ("", "--run.root /proc/x", r"run\.root: /proc/x: cannot make the run folder there \(No such file"),
+    ("", "--run.root /dev/null", r"run\.root: /dev/null: cannot make the run folder there \(Not a directory"),
+    ("", f"--run.name {'n' * 300}", r"run\.root: .*cannot make the run folder there \(File name too long"),
     ("", "--trainer.max_steps many", r"trainer\.max_steps: Expected int\. Got value: many"),
     ("model: {net: {width: wide}}", "", r"model\.net\.width: Expected .*int.*wide"),
     ("model: {net: {pattern: '${model.net.nothing}'}}", "", r"model\.net\.pattern: .*nothing.* not found"),
@@ -94,6 +98,32 @@ def test_a_checkpoint_of_another_pattern_names_the_layers(trained: Path, capfd: 
     argv = ["test", "--config", str(trained / "config.yaml"), "--ckpt_path", "last"]
     assert main([*argv, "--model.net.pattern", "(swa mamba2 full)"]) == 2
     _assert_refused(capfd, r"layer 1 is gdn there, mamba2 here; 2 layers there, 3 here")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.net.pattern", "(swa mamba2)"], r"layer 1 is gdn there, mamba2 here"),
+        (["--model.freeze", "[visual]"], r"model\.freeze: .*visual\.\S+ is frozen here"),
+    ],
+)
+def test_a_refused_resume_leaves_the_run_as_it_was(
+    flags: list[str], message: str, trained: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = (trained / "config.yaml").read_bytes()
+    assert main(["fit", "--config", str(trained / "config.yaml"), "--ckpt_path", "last", *flags]) == 2
+    _assert_refused(capfd, message)
+    assert (trained / "config.yaml").read_bytes() == before
+
+
+def test_the_trainers_own_refusal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr("lightning.pytorch.accelerators.CUDAAccelerator.is_available", staticmethod(lambda: False))
+    assert main(["fit", "--config", str(cli_runs.recipe(tmp_path)), "--trainer.accelerator", "gpu"]) == 2
+    _assert_refused(capfd, r"error: trainer: No supported gpu backend found")
 
 
 def test_a_pickle_is_not_loaded(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ import cli_runs
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hybridvl.cli import main
 from hybridvl.data.digits import DigitPages
@@ -98,6 +99,33 @@ def test_test_and_validate_repeat_the_scores_of_the_fit(run: Path) -> None:
     assert after["metrics"]["test/exact"] == before["metrics"]["test/exact"]
     assert after["tokens"] == before["tokens"]
     assert [path.name for path in run.parent.iterdir()] == ["version_0"]
+
+
+def test_a_later_command_writes_only_its_own_metrics(run: Path) -> None:
+    path = run / "metrics.json"
+    written = json.loads(path.read_text())
+    marked = {**written, "metrics": {**written["metrics"], "val/loss": -1.0, "test/exact": -1.0}}
+    path.write_text(json.dumps(marked))
+    assert main(["test", "--config", str(run / "config.yaml"), "--ckpt_path", "last"]) == 0
+    after = json.loads(path.read_text())["metrics"]
+    assert (after["val/loss"], after["test/exact"] >= 0) == (-1.0, True)
+    path.write_text(json.dumps(written))
+
+
+def test_a_later_command_logs_at_the_step_of_its_checkpoint(run: Path) -> None:
+    earlier = set(run.glob("events.*"))
+    for command in ("validate", "test"):
+        assert main([command, "--config", str(run / "config.yaml"), "--ckpt_path", "last"]) == 0
+    steps: dict[str, set[int]] = {}
+    for file in set(run.glob("events.*")) - earlier:
+        events = EventAccumulator(str(file))
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            steps.setdefault(tag, set()).update(event.step for event in events.Scalars(tag))
+        for tag in events.Tags()["images"]:
+            steps.setdefault(tag, set()).update(event.step for event in events.Images(tag))
+    assert {"val/loss", "test/exact", "examples/0"} <= set(steps)
+    assert set.union(*steps.values()) == {12}
 
 
 def test_predict_writes_every_reply(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -292,3 +292,9 @@ def test_an_unknown_metric_to_monitor_names_the_known_ones(tmp_path: Path) -> No
     trainer = tiny.trainer(tmp_path, 1, [Checkpoints(monitor="val/nothing")], validate=1)
     with pytest.raises(ConfigError, match=r"checkpoints\.monitor: .*'val/nothing'.*val/exact"):
         trainer.fit(tiny.module(), datamodule=tiny.data())
+
+
+@pytest.mark.filterwarnings("error")
+def test_drawing_what_the_font_lacks_is_silent() -> None:
+    strange = draw(None, "\x00\x1b \u4e2d", "\x02", "7")
+    assert (strange != draw(None, "", "", "7")).any()

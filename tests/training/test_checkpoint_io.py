@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,11 @@ def test_tensors_alone_are_not_a_training_checkpoint(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(1)}, tmp_path / "a.ckpt")
     with pytest.raises(ConfigError, match="no 'state_dict'"):
         read_checkpoint(tmp_path / "a.ckpt")
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_pickle_of_another_protocol_is_refused_in_one_message(tmp_path: Path) -> None:
+    path = tmp_path / "other.ckpt"
+    path.write_bytes(pickle.dumps({"state_dict": Path("x")}, protocol=4))
+    with pytest.raises(ConfigError, match="pickled Python objects"):
+        read_checkpoint(path)

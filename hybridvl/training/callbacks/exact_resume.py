@@ -9,13 +9,19 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from hybridvl.layers.errors import ConfigError
+
+FROZEN_KEY = "hybridvl_frozen"
+"""Where a checkpoint keeps the names of the parameters that were not trained."""
+
 
 class ExactResume(Callback):
     """Gives training steps a random stream of their own, and saves it in checkpoints.
 
     The state of Python's, numpy's and torch's generators is kept at the end of each training step and put back at the
     start of the next. What happens between (validation, drawn examples, new loader iterators, a kill and a resume)
-    therefore never changes the training.
+    therefore never changes the training. A checkpoint that trained other parameters is refused, and a validation or a
+    test of a checkpoint logs at the checkpoint's step.
     """
 
     def __init__(self) -> None:
@@ -32,6 +38,27 @@ class ExactResume(Callback):
         """Keep what this step leaves."""
         self._after_step = random_state()
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say in the checkpoint what was not trained."""
+        checkpoint[FROZEN_KEY] = _frozen(pl_module)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on only with the parameters that were trained; take the step for what is not a fit."""
+        if trainer.state.fn == "fit":
+            changed = set(checkpoint.get(FROZEN_KEY, _frozen(pl_module))) ^ set(_frozen(pl_module))
+            if changed:
+                first = min(changed)
+                state = "frozen" if first in _frozen(pl_module) else "trained"
+                raise ConfigError(
+                    f"model.freeze: {len(changed)} parameters are frozen in only one of the checkpoint and the recipe "
+                    f"({first} is {state} here); a resume needs the freeze of the checkpoint"
+                )
+        elif trainer.global_step == 0 and "loops" in checkpoint:
+            progress = checkpoint["loops"]["fit_loop"]
+            # A checkpoint is saved before the loop counts the last step for its loggers.
+            progress["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"]
+            trainer.fit_loop.load_state_dict(progress)
+
     def state_dict(self) -> dict[str, Any]:
         """The generators' states, as plain values and tensors."""
         return {} if self._after_step is None else dict(self._after_step)
@@ -39,6 +66,10 @@ class ExactResume(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them back; they are set when the next training step begins."""
         self._after_step = dict(state_dict) or None
+
+
+def _frozen(module: LightningModule) -> list[str]:
+    return [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
 
 
 def random_state() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -98,8 +99,11 @@ def draw(image: NDArray[np.uint8] | None, question: str, reply: str, answer: str
     ]
     height = 0.32
     for text, colour in lines:
-        wrapped = textwrap.wrap(text.replace("$", r"\$"), 52)[:3]
+        printable = "".join(c if c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
+        wrapped = textwrap.wrap(printable.replace("$", r"\$"), 52)[:3]
         figure.text(0.03, height, "\n".join(wrapped), color=colour, fontsize=8, va="top", family="monospace")
         height -= 0.035 * len(wrapped) + 0.01
-    canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a script that the font lacks is drawn as boxes
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -27,6 +27,11 @@ class RunSummary(Callback):
     def __init__(self) -> None:
         self.metrics: dict[str, float] = {}
         self._facts: dict[str, Any] = {}
+        self._fitting = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remember what runs: only a fit goes on with the metrics of its checkpoint."""
+        self._fitting = stage == "fit"
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect."""
@@ -58,8 +63,9 @@ class RunSummary(Callback):
         return {"metrics": dict(self.metrics)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them back."""
-        self.metrics = dict(state_dict["metrics"])
+        """Take them back for a fit; a validation or a test has only metrics of its own."""
+        if self._fitting:
+            self.metrics = dict(state_dict["metrics"])
 
     def lines(self, trainer: Trainer) -> list[str]:
         """What a person wants to know at the end: folder, checkpoint, scores, how to look at it."""
