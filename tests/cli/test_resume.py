@@ -80,7 +80,9 @@ def test_killed_and_resumed_is_uninterrupted(pattern: str, packing: bool, tmp_pa
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
 
     argv = ["fit", "--config", str(killed), "--ckpt_path", "last", "--trainer.callbacks", "null"]
+    assert "KilledWhileSaving" in (folder / "config.yaml").read_text()
     assert main(argv) == 0
+    assert "KilledWhileSaving" not in (folder / "config.yaml").read_text()
     assert [path.name for path in folder.parent.iterdir()] == ["version_0"]
 
     other = tmp_path / "runs" / "whole" / "version_0"
