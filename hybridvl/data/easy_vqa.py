@@ -23,7 +23,8 @@ class EasyVQA(Task):
     sample is one question. Validation images are held out from the package's training images.
 
     Args:
-        turns: questions asked about one training image at most, in one conversation.
+        turns: questions asked about one training image at most, in one conversation; earlier questions may give away
+            the answers of later ones ("what color is the circle?"), which validation and test questions never do.
         augment: mirror training images at random; no question asks about left or right.
         val_images: training images that are held out for validation.
         val_questions: validation questions at most, spread over those images; null takes all.
