@@ -20,6 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from omegaconf.errors import OmegaConfBaseException
 
 from hybridvl.cli.messages import explain, with_path
@@ -33,13 +34,14 @@ from hybridvl.training.callbacks.export import ExportModel
 from hybridvl.training.callbacks.hparams import HParams
 from hybridvl.training.callbacks.memory import MemoryMonitor
 from hybridvl.training.callbacks.predictions import PredictionWriter
+from hybridvl.training.callbacks.process_group import ProcessGroup
 from hybridvl.training.callbacks.progress import StepProgress
-from hybridvl.training.callbacks.run_summary import RunSummary, run_folder
+from hybridvl.training.callbacks.run_summary import RunSummary
 from hybridvl.training.callbacks.state_norms import StateNorms
 from hybridvl.training.callbacks.throughput import Throughput
 from hybridvl.training.checkpoint_io import AtomicCheckpointIO
 from hybridvl.training.supervised import SupervisedTuning
-from hybridvl.training.trainer import is_dry_run
+from hybridvl.training.trainer import is_dry_run, run_folder
 
 DESCRIPTIONS = {
     "fit": "Train a model from a recipe, test it, and leave a run folder: hybridvl fit --config recipes/digits.yaml",
@@ -48,6 +50,9 @@ DESCRIPTIONS = {
     "predict": "Write replies to RUN/predictions.jsonl: hybridvl predict --config RUN/config.yaml --ckpt_path last",
 }
 
+
+# Environment variable in which the first process tells those that it starts the name of the run's folder.
+_VERSION = "HYBRIDVL_RUN_VERSION"
 
 # What the system answers when the run folder cannot be made where the recipe wants it.
 _NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
@@ -207,7 +212,7 @@ class TrainingCLI(LightningCLI):
         logger = settings.get("logger")
         given: dict[str, Any] = {}
         if logger in (None, True):
-            given["logger"] = TensorBoardLogger(run.root, run.name, run.version, default_hp_metric=False)
+            given["logger"] = TensorBoardLogger(run.root, run.name, self._version(run), default_hp_metric=False)
         plugins = settings.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         given["plugins"] = [*plugins, AtomicCheckpointIO()]
@@ -216,11 +221,28 @@ class TrainingCLI(LightningCLI):
         section.ckpt_path = section.run.version = None
         bar = settings.get("enable_progress_bar")
         self.trainer_defaults["callbacks"] = self._callbacks(progress_bar=bar is not False, logged=logger is not False)
-        return super().instantiate_trainer(**given)
+        trainer = super().instantiate_trainer(**given)
+        self._share_version(trainer)
+        return trainer
+
+    def _version(self, run: RunConfig) -> str | None:
+        """The name of the run's folder as far as it is decided; processes that the first one starts have its own."""
+        return run.version or os.environ.get(_VERSION)
+
+    def _share_version(self, trainer: Trainer) -> None:
+        """Let the processes of one run agree on its folder."""
+        if trainer.world_size == 1 or not isinstance(trainer.logger, TensorBoardLogger):
+            return
+        version = self._version(self._get(self.config_init, "run"))
+        launcher = trainer.strategy.launcher
+        if version is None and not isinstance(launcher, _SubprocessScriptLauncher):
+            raise ConfigError("run.version: not set; processes that were started one by one need a common name")
+        os.environ[_VERSION] = version or f"version_{trainer.logger.version}"
 
     def _callbacks(self, progress_bar: bool, logged: bool) -> list[Callback]:
         seed = self._get(self.config, "seed_everything")
-        callbacks: list[Callback] = [ExactResume(), Throughput(), MemoryMonitor(), StateNorms(), PredictionWriter()]
+        callbacks: list[Callback] = [ProcessGroup(), ExactResume(), Throughput(), MemoryMonitor(), StateNorms()]
+        callbacks.append(PredictionWriter())
         if progress_bar:
             callbacks.append(StepProgress())
         if logged:
@@ -230,6 +252,8 @@ class TrainingCLI(LightningCLI):
     def before_fit(self) -> None:
         """Say what is trained, and where."""
         self._make_folder()
+        if not self.trainer.is_global_zero:
+            return
         net = self.model.net
         trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
         frozen = "" if trainable == net.num_params else f", {trainable:,} of them trained"
@@ -271,7 +295,7 @@ class TrainingCLI(LightningCLI):
         self._report()
 
     def _make_folder(self) -> None:
-        if is_dry_run(self.trainer):
+        if is_dry_run(self.trainer) or not self.trainer.is_global_zero:
             return
         try:
             os.makedirs(run_folder(self.trainer), exist_ok=True)
@@ -308,6 +332,7 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(with_path(mistake)) from error
     finally:
         threading.excepthook = threading.__excepthook__
+        os.environ.pop(_VERSION, None)
     return 0
 
 

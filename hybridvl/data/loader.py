@@ -103,7 +103,7 @@ class BatchStream:
                 pin_memory=torch.cuda.is_available(),
                 # Its own generator: the default would draw from the global one and shift everything random after it.
                 generator=torch.Generator(),
-                worker_init_fn=_end_with_parent,
+                worker_init_fn=end_with_parent,
             )
         return iter(self._loader)
 
@@ -240,8 +240,8 @@ def _checked(made: Any) -> Any:
     return made
 
 
-def _end_with_parent(worker: int) -> None:
-    """A worker's first call: let the kernel end it when the training process is killed.
+def end_with_parent(worker: int = 0) -> None:
+    """A worker's first call: let the kernel end this process when the one that started it is killed.
 
     torch's workers notice that their parent has gone, but one whose results nobody reads any more then waits for ever.
     """

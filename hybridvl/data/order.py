@@ -68,10 +68,11 @@ class NumberOrder(Order):
             epoch, done = epoch + 1, 0
 
     def state_dict(self, consumed: int) -> dict[str, Any]:
-        return {"samples": consumed}
+        return {"samples": consumed, "world": self.world}
 
     def load_state_dict(self, state: dict[str, Any]) -> int:
-        self._consumed = int(state["samples"])
+        # Another number of processes goes on where these had come to together.
+        self._consumed = int(state["samples"]) * int(state["world"]) // self.world
         return self._consumed
 
     def _numbers(self, epoch: int) -> Any:

@@ -77,7 +77,7 @@ def _bases(cell: int) -> tuple[torch.Tensor, torch.Tensor]:
     axis = (torch.arange(cell, dtype=torch.float32) * 2 + 1) / cell - 1
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     base = torch.stack([x, y], -1) * MARGIN
-    knots = torch.linspace(-1, 1, 3)
+    knots = torch.linspace(-1, 1, 3, dtype=torch.float32)
     weights = torch.relu(1 - (axis[:, None] - knots).abs())  # (cell, 3), linear hats
     smooth = torch.einsum("ya,xb->yxab", weights, weights).reshape(cell * cell, 9)
     return base, smooth

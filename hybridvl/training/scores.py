@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter
+
+from hybridvl.training.distributed import summed_counts
 
 COUNTING = frozenset({"count"})
 """Kinds whose digits are the result of counting, not digits that stand on the page."""
@@ -19,8 +21,8 @@ class ReplyScores:
     """
 
     def __init__(self) -> None:
-        self._right: dict[str, int] = defaultdict(int)
-        self._total: dict[str, int] = defaultdict(int)
+        self._right: Counter[str] = Counter()
+        self._total: Counter[str] = Counter()
 
     def add(self, kind: str, reply: str, target: str) -> bool:
         """Count one reply; returns whether it is exactly right."""
@@ -35,6 +37,13 @@ class ReplyScores:
             if kind:
                 self._count(f"{kind}_digit_accuracy", right, total)
         return exact
+
+    def over_all_processes(self) -> ReplyScores:
+        """The counts of all processes together; all of them must call this."""
+        together = ReplyScores()
+        together._right.update(summed_counts(self._right))
+        together._total.update(summed_counts(self._total))
+        return together
 
     def metrics(self) -> dict[str, float]:
         """Every rate by name."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +20,7 @@ from hybridvl.models.config import ModelConfig
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.training.agreement import check_agreement
 from hybridvl.training.answers import Question, answers_right, model_inputs, split_questions
+from hybridvl.training.distributed import processes, summed, summed_counts
 from hybridvl.training.losses import TokenLoss, label_positions, linear_cross_entropy
 from hybridvl.training.optim import OptimizerConfig, build_optimizer, build_schedule
 from hybridvl.training.replies import reply
@@ -66,21 +67,28 @@ class SupervisedTuning(LightningModule):
         self.net = VisionLanguageModel(net)
         self._freeze(freeze)
         self._scores = ReplyScores()
-        self._kind_counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+        self._kind_right: Counter[str] = Counter()
+        self._kind_total: Counter[str] = Counter()
 
     def setup(self, stage: str) -> None:
         """Check that the data module makes what the model takes."""
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, ChatDataModule):
             check_agreement(self.config, datamodule)
+        if self.trainer.precision == "64-true":
+            self.double()  # Lightning does so only after it has loaded a checkpoint, whose weights it would round
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean cross-entropy over the batch's label tokens."""
+        """Mean cross-entropy over the label tokens of all processes' batches."""
         loss, hits = self.token_loss(batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=1)
-        self.log("train/token_accuracy", _rate(hits), batch_size=1)
+        tokens = hits.numel()
+        sums = summed(torch.stack((loss.detach() * tokens, hits.sum().to(loss), loss.new_tensor(tokens))))
+        total = sums[2].clamp_min(1)
+        self.log("train/loss", sums[0] / total, prog_bar=True, batch_size=1)
+        self.log("train/token_accuracy", sums[1] / total, batch_size=1)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
-        return loss
+        # Processes average their gradients; weighted like this, that is the gradient of the mean over all tokens.
+        return loss * (tokens * processes() / total)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of all gradients, before they are clipped."""
@@ -99,18 +107,20 @@ class SupervisedTuning(LightningModule):
         self.log("val/token_accuracy", _rate(hits), batch_size=tokens, sync_dist=True)
         self.log("val/exact", _rate(right), prog_bar=True, batch_size=answers, sync_dist=True)
         for kind, good in zip(batch.get("answer_kinds") or (), right.tolist(), strict=False):
-            self._kind_counts[kind][0] += good
-            self._kind_counts[kind][1] += 1
+            self._kind_right[kind] += int(good)
+            self._kind_total[kind] += 1
 
     def on_validation_epoch_start(self) -> None:
         """Forget the counts of the previous pass."""
-        self._kind_counts.clear()
+        self._kind_right.clear()
+        self._kind_total.clear()
 
     def on_validation_epoch_end(self) -> None:
         """Log exact matches by kind of question."""
-        for kind, (right, total) in self._kind_counts.items():
+        right, total = summed_counts(self._kind_right), summed_counts(self._kind_total)
+        for kind, answers in sorted(total.items()):
             if kind:  # questions without one are in val/exact alone
-                self.log(f"val/{kind}_exact", right / total, batch_size=total)
+                self.log(f"val/{kind}_exact", right[kind] / answers, batch_size=answers, sync_dist=True)
 
     def on_test_epoch_start(self) -> None:
         """Forget the scores of the previous pass."""
@@ -124,10 +134,10 @@ class SupervisedTuning(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the rates over all replies."""
-        metrics = self._scores.metrics()
+        metrics = self._scores.over_all_processes().metrics()
         if not metrics:
             raise ConfigError("data: the test split holds no answers to score")
-        self.log_dict({f"test/{name}": value for name, value in metrics.items()})
+        self.log_dict({f"test/{name}": value for name, value in metrics.items()}, sync_dist=True)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, str]]:
         """The reply to every question: {"kind", "question", "answer" (the target, if any), "reply"}."""

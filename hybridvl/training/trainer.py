@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 
 def is_dry_run(trainer: Trainer) -> bool:
     """Whether the trainer only tries a few batches (`--trainer.fast_dev_run`) and nothing is to be written."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """The folder of the run, as this process knows it.
+
+    Unlike `Trainer.log_dir` it asks no other process, so that one process alone may call it.
+    """
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir)
+    logger = trainer.loggers[0]
+    folder = logger.log_dir if isinstance(logger, CSVLogger | TensorBoardLogger) else logger.save_dir
+    return Path(folder or trainer.default_root_dir)
 
 
 def logs_now(trainer: Trainer) -> bool:

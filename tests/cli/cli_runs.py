@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 
 RECIPE = {
@@ -80,6 +82,20 @@ def recipe(folder: Path, name: str = "tiny", text: str = "") -> Path:
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
+
+
+def differences(left: Any, right: Any, place: str = "") -> list[str]:
+    """Where two checkpoints differ, down to the last bit."""
+    if isinstance(left, torch.Tensor):
+        return [] if torch.equal(left, right) else [place]
+    if isinstance(left, dict):
+        if left.keys() != right.keys():
+            return [f"{place}: keys"]
+        return [found for key in left for found in differences(left[key], right[key], f"{place}/{key}")]
+    if isinstance(left, list | tuple):
+        pairs = enumerate(zip(left, right, strict=True))
+        return [found for index, (a, b) in pairs for found in differences(a, b, f"{place}/{index}")]
+    return [] if left == right else [f"{place}: {left!r} {right!r}"]
 
 
 def _merged(base: dict, extra: dict) -> dict:

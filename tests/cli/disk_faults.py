@@ -24,3 +24,11 @@ class KilledWhileSaving(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 5:
             os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Killed(Callback):
+    """SIGKILL for the first process after step 5."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 5 and trainer.is_global_zero:
+            os.kill(os.getpid(), signal.SIGKILL)

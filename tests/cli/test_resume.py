@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import cli_runs
 import pytest
@@ -47,20 +46,6 @@ def _losses(folder: Path) -> dict[int, float]:
     return {step: value for step, (_, value) in sorted(values.items())}
 
 
-def _differences(left: Any, right: Any, place: str = "") -> list[str]:
-    """Where two checkpoints differ, down to the last bit."""
-    if isinstance(left, torch.Tensor):
-        return [] if torch.equal(left, right) else [place]
-    if isinstance(left, dict):
-        if left.keys() != right.keys():
-            return [f"{place}: keys"]
-        return [found for key in left for found in _differences(left[key], right[key], f"{place}/{key}")]
-    if isinstance(left, list | tuple):
-        pairs = enumerate(zip(left, right, strict=True))
-        return [found for index, (a, b) in pairs for found in _differences(a, b, f"{place}/{index}")]
-    return [] if left == right else [f"{place}: {left!r} {right!r}"]
-
-
 @pytest.mark.parametrize(("pattern", "packing"), [("(swa gdn)", False), ("(full mamba2)", True)])
 def test_killed_and_resumed_is_uninterrupted(pattern: str, packing: bool, tmp_path: Path) -> None:
     lines = [
@@ -91,6 +76,6 @@ def test_killed_and_resumed_is_uninterrupted(pattern: str, packing: bool, tmp_pa
         end["callbacks"]["Throughput"].pop("seconds")
     assert ends[0]["global_step"] == 12
     # Weights, optimizer, schedule, generators, loops, data position: everything a checkpoint holds.
-    assert _differences(*ends) == []
+    assert cli_runs.differences(*ends) == []
     assert _losses(folder) == _losses(other)
     assert len(_losses(other)) == 12

@@ -208,6 +208,7 @@ def test_gradients_are_clipped_as_the_trainer_says(precision: Any, algorithm: st
 def test_answers_without_a_kind_have_no_metric_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     module, logged = tiny.module(), {}
     monkeypatch.setattr(module, "log", lambda name, value, **_: logged.update({name: value}))
-    module._kind_counts.update({"": [1, 2], "line": [3, 4]})
+    module._kind_right.update({"": 1, "line": 3})
+    module._kind_total.update({"": 2, "line": 4})
     module.on_validation_epoch_end()
     assert logged == {"val/line_exact": 0.75}

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from hybridvl.layers.errors import ConfigError
 from hybridvl.training.checkpoint_io import read_checkpoint
-from hybridvl.training.trainer import is_dry_run
+from hybridvl.training.trainer import is_dry_run, run_folder
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -81,4 +81,4 @@ class Checkpoints(Checkpoint):
 
 def checkpoint_folder(trainer: Trainer) -> Path:
     """Where a run keeps its checkpoints."""
-    return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+    return run_folder(trainer) / "checkpoints"

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybridvl.layers.errors import ConfigError
+from hybridvl.training.distributed import gathered, process_rank, processes
 
 FROZEN_KEY = "hybridvl_frozen"
 """Where a checkpoint keeps the names of the parameters that were not trained."""
@@ -60,12 +61,14 @@ class ExactResume(Callback):
             trainer.fit_loop.load_state_dict(progress)
 
     def state_dict(self) -> dict[str, Any]:
-        """The generators' states, as plain values and tensors."""
-        return {} if self._after_step is None else dict(self._after_step)
+        """The generators' states of every process, as plain values and tensors; all of them must call this."""
+        return {} if self._after_step is None else {"processes": gathered(self._after_step)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take them back; they are set when the next training step begins."""
-        self._after_step = dict(state_dict) or None
+        states = state_dict.get("processes", [])
+        # Another number of processes goes on with states of its own.
+        self._after_step = states[process_rank()] if len(states) == processes() else None
 
 
 def _frozen(module: LightningModule) -> list[str]:

@@ -42,7 +42,7 @@ class ExampleImages(Callback):
     ) -> None:
         """Draw for the first batch."""
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if batch_idx or trainer.sanity_checking or not self.count or not loggers:
+        if batch_idx or trainer.sanity_checking or not self.count or not loggers or not trainer.is_global_zero:
             return
         if not isinstance(pl_module, SupervisedTuning):
             return

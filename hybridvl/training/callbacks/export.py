@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybridvl.data.module import ChatDataModule
 from hybridvl.inference.processor import Processor
 from hybridvl.models.checkpoints import save
 from hybridvl.training.supervised import SupervisedTuning
-from hybridvl.training.trainer import is_dry_run
+from hybridvl.training.trainer import is_dry_run, run_folder
 
 
 class ExportModel(Callback):
@@ -20,7 +18,7 @@ class ExportModel(Callback):
         """Write it, once."""
         if not isinstance(pl_module, SupervisedTuning) or not trainer.is_global_zero or is_dry_run(trainer):
             return
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "model"
+        folder = run_folder(trainer) / "model"
         save(pl_module.net, folder)
         datamodule = getattr(trainer, "datamodule", None)
         if isinstance(datamodule, ChatDataModule):

@@ -29,7 +29,9 @@ class HParams(Callback):
         self.metrics = tuple(metrics)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the settings."""
+        """Write the settings, on the first process."""
+        if not trainer.is_global_zero:
+            return
         from torch.utils.tensorboard.summary import hparams
 
         settings = {**_settings(pl_module), "seed": self.settings.get("seed", ""), **self.settings}

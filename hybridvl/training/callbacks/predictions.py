@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from hybridvl.training.distributed import gathered
+from hybridvl.training.trainer import run_folder
+
 
 class PredictionWriter(Callback):
-    """Writes predictions.jsonl: one object a question, as `SupervisedTuning.predict_step` returns it."""
+    """Writes predictions.jsonl: one object a question, as `SupervisedTuning.predict_step` returns it.
+
+    With several processes, the questions of the first come first, then those of the second, and so on.
+    """
 
     def __init__(self) -> None:
         self._lines: list[str] = []
@@ -33,9 +38,10 @@ class PredictionWriter(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the file."""
+        lines = [line for own in gathered(self._lines) for line in own]
         if not trainer.is_global_zero:
             return
-        path = Path(trainer.log_dir or trainer.default_root_dir) / "predictions.jsonl"
+        path = run_folder(trainer) / "predictions.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{line}\n" for line in self._lines), encoding="utf-8")
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         print(f"predictions  {path}")

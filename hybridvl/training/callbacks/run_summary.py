@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from hybridvl.training.callbacks.checkpoints import BEST, LAST, Checkpoints, checkpoint_folder
 from hybridvl.training.callbacks.throughput import Throughput
 from hybridvl.training.supervised import SupervisedTuning
-from hybridvl.training.trainer import is_dry_run
+from hybridvl.training.trainer import is_dry_run, run_folder
 from hybridvl.training.versions import versions
 
 
@@ -101,11 +101,6 @@ class RunSummary(Callback):
             "versions": versions(),
         }
         write_json(path, facts)
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """The folder of a run."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -28,7 +28,12 @@ class StateNorms(Callback):
     ) -> None:
         """Log for the first batch."""
         net = pl_module.net
-        if batch_idx or trainer.sanity_checking or not isinstance(net, VisionLanguageModel):
+        if (
+            batch_idx
+            or trainer.sanity_checking
+            or not trainer.is_global_zero
+            or not isinstance(net, VisionLanguageModel)
+        ):
             return
         for logger in trainer.loggers:
             logger.log_metrics(state_norms(net, batch), step=trainer.global_step)

@@ -1,4 +1,4 @@
-"""Tokens and samples per second of training, validation and saving left out."""
+"""Tokens and samples per second of training over all processes, validation and saving left out."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybridvl.training.answers import real_tokens, sample_count
+from hybridvl.training.distributed import gathered
 from hybridvl.training.trainer import logs_now
 
 
 class Throughput(Callback):
     """Logs speed/tokens_per_s, speed/samples_per_s and speed/step_s, averaged since the previous log.
 
-    Padding is not counted. The totals (`tokens`, `samples`, `seconds`) go on after a resume.
+    Padding is not counted. The totals (`tokens`, `samples`, `seconds`) go on after a resume; tokens and samples are
+    those of all processes, as of the previous log or checkpoint.
 
     Args:
         clock: seconds from any origin, monotonic.
@@ -26,6 +28,7 @@ class Throughput(Callback):
         self.tokens = 0
         self.samples = 0
         self.seconds = 0.0
+        self._uncounted = (0, 0)  # tokens and samples of this process that are not in the totals yet
         self._logged = (0, 0, 0.0, 0)  # tokens, samples, seconds, steps at the previous log
         self._since: float | None = None
 
@@ -41,10 +44,11 @@ class Throughput(Callback):
         now = self._clock()
         self.seconds += 0.0 if self._since is None else now - self._since
         self._since = now
-        self.tokens += real_tokens(batch)
-        self.samples += sample_count(batch)
+        tokens, samples = self._uncounted
+        self._uncounted = (tokens + real_tokens(batch), samples + sample_count(batch))
         if trainer.global_step == self._logged[3] or not logs_now(trainer):
             return
+        self._count()
         tokens, samples, seconds, steps = self._logged
         elapsed = self.seconds - seconds
         if elapsed > 0:
@@ -70,13 +74,22 @@ class Throughput(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock."""
+        self._count()
         self._since = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The totals."""
+        """The totals; all processes must call this, as they do when a checkpoint is saved."""
+        self._count()
         return {"tokens": self.tokens, "samples": self.samples, "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the totals back."""
         self.tokens, self.samples = state_dict["tokens"], state_dict["samples"]
         self.seconds = state_dict["seconds"]
+
+    def _count(self) -> None:
+        """Add what all processes have done since the last call to the totals."""
+        for tokens, samples in gathered(self._uncounted):
+            self.tokens += tokens
+            self.samples += samples
+        self._uncounted = (0, 0)

@@ -1,0 +1,53 @@
+"""The processes of a run on one machine end together: one message, one exit status, nobody left behind."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from hybridvl.data.loader import end_with_parent
+from hybridvl.layers.errors import ConfigError
+
+GRACE = 5.0
+"""Seconds that a process waits for the others to say what is wrong."""
+
+MISTAKE = 2
+"""Exit status of a process that was asked for something that cannot be done."""
+
+
+class ProcessGroup(Callback):
+    """Ends the processes that Lightning started beside the first one when one of them fails.
+
+    The first process reports a mistake that all of them make. A mistake that only another one meets (a damaged image
+    in its share of the data) is reported by that one, and the first ends with its exit status.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the kernel end this process when the first one is killed."""
+        if trainer.local_rank:
+            end_with_parent()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the others, or wait to be ended."""
+        if trainer.local_rank:
+            time.sleep(GRACE)
+            return
+        others: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
+        told = False
+        if not isinstance(exception, ConfigError | KeyboardInterrupt):
+            # Perhaps only the consequence of another process's end, whose message says more than a lost connection.
+            told = any(_ended_with_a_mistake(process) for process in others)
+        for process in others:
+            process.kill()
+        if told:
+            sys.exit(MISTAKE)
+
+
+def _ended_with_a_mistake(process: subprocess.Popen[bytes]) -> bool:
+    try:
+        return process.wait(2 * GRACE) == MISTAKE
+    except subprocess.TimeoutExpired:
+        return False
