@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hybridvl.data.scans import render_page
-from hybridvl.data.task import SPLITS, Sample, Source, Split, Task, require_split
+from hybridvl.data.task import SPLITS, Sample, Source, Split, Task, kind_weights, require_split
 from hybridvl.layers.errors import ConfigError
 
 TEST_SCANS = 300
@@ -80,7 +79,7 @@ class DigitPages(Task):
     ) -> None:
         self.rows = _span("rows", rows)
         self.columns = _span("columns", columns)
-        self.kinds = _weights(DEFAULT_KINDS if kinds is None else kinds)
+        self.kinds = kind_weights(DEFAULT_KINDS if kinds is None else kinds, DEFAULT_KINDS)
         sizes = {"cell": cell, "turns": turns, "eval_turns": eval_turns}
         self.pages = {"train": train_pages, "val": val_pages, "test": test_pages}
         for name, value in {**sizes, **{f"{split}_pages": count for split, count in self.pages.items()}}.items():
@@ -189,12 +188,3 @@ def _span(name: str, span: tuple[int, int]) -> tuple[int, int]:
     if not 1 <= low <= high <= 99:
         raise ConfigError(f"data.task.{name}: {list(span)}; expected two numbers, 1 <= fewest <= most <= 99")
     return low, high
-
-
-def _weights(kinds: Mapping[str, float]) -> dict[str, float]:
-    unknown = sorted(set(kinds) - set(DEFAULT_KINDS))
-    if unknown:
-        raise ConfigError(f"data.task.kinds: {', '.join(unknown)}; known are {', '.join(DEFAULT_KINDS)}")
-    if any(weight < 0 for weight in kinds.values()) or not sum(kinds.values()) > 0:
-        raise ConfigError(f"data.task.kinds: {dict(kinds)}; expected weights of at least 0, one of them above 0")
-    return {kind: weight for kind, weight in kinds.items() if weight > 0}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, TypedDict
 
 from hybridvl.layers.errors import ConfigError
@@ -59,3 +59,13 @@ def require_split(split: str) -> None:
     """Raise ConfigError unless `split` is one of train, val and test."""
     if split not in SPLITS:
         raise ConfigError(f"split {split!r}; expected one of {', '.join(SPLITS)}")
+
+
+def kind_weights(kinds: Mapping[str, float], known: Collection[str]) -> dict[str, float]:
+    """The weights of the kinds of questions that are asked at all; a ConfigError names what is not a kind or weight."""
+    unknown = sorted(set(kinds) - set(known))
+    if unknown:
+        raise ConfigError(f"data.task.kinds: {', '.join(unknown)}; known are {', '.join(known)}")
+    if any(weight < 0 for weight in kinds.values()) or not sum(kinds.values()) > 0:
+        raise ConfigError(f"data.task.kinds: {dict(kinds)}; expected weights of at least 0, one of them above 0")
+    return {kind: weight for kind, weight in kinds.items() if weight > 0}
