@@ -26,6 +26,8 @@ _UNKNOWN = (
 )
 _CLASS = re.compile(r"a <class '(\w+)'>")
 _TYPED = re.compile(r'Parser key "(?P<key>[\w.]+)": (?P<reason>.*)')
+_UNION = re.compile(r"Subtypes: \[(?P<kinds>.*?)\] Errors: (?P<errors>.*) Given value: (?P<value>.*)")
+_CLASS_PATH = re.compile(r"Problem with given class_path '[^']*': (?P<reason>.*?)(?= - Expected|$)")
 
 
 def explain(message: str, parser: ArgumentParser, files: Iterable[Path] = (), flags: Iterable[str] = ()) -> str:
@@ -39,8 +41,11 @@ def explain(message: str, parser: ArgumentParser, files: Iterable[Path] = (), fl
         match = pattern.search(text)
         if match:
             return _unknown(match["key"], known_keys(parser), files, flags)
+    if text.startswith("Problems parsing config"):
+        broken = next((file for file in files if file.exists() and _read(file) is None), None)
+        return text if broken is None else f"{broken}: {text}"
     match = _TYPED.search(text)
-    return _CLASS.sub(r"\1", f"{match['key']}: {match['reason']}" if match else text)
+    return _CLASS.sub(r"\1", f"{match['key']}: {_reason(match['reason'])}" if match else text)
 
 
 def with_path(error: ConfigError) -> str:
@@ -61,6 +66,20 @@ def known_keys(parser: ArgumentParser) -> set[str]:
         keys.add(action.dest)
         keys |= {f"{action.dest}.{field}" for field in _fields(getattr(action, "_typehint", None))}
     return {key for key in keys if key.split(".")[-1] != "help" and ".help." not in key}
+
+
+def _reason(reason: str) -> str:
+    """Why a value does not fit: of several types that are accepted, the value and their names."""
+    union = _UNION.search(reason)
+    if not union:
+        return reason
+    value = "null" if union["value"] == "None" else union["value"]
+    problem = _CLASS_PATH.search(union["errors"])
+    if problem:
+        return f"{value}: {problem['reason']}"
+    kinds = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", union["kinds"])
+    kinds = re.sub(r"\b(?:\w+\.)+(?=\w)", "", kinds).replace("NoneType", "null")
+    return f"{value}; expected one of {kinds}" + (" (a class by its import path)" if "import path" in reason else "")
 
 
 def _unknown(key: str, known: set[str], files: Iterable[Path], flags: Iterable[str]) -> str:

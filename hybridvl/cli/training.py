@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 import sys
 import threading
 import warnings
@@ -128,26 +129,31 @@ class TrainingCLI(LightningCLI):
         _Parser.recipes = _config_files(arguments)
         _Parser.flags = [word[2:].partition("=")[0] for word in arguments if word.startswith("--")]
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-        super().__init__(
-            SupervisedTuning,
-            ChatDataModule,
-            save_config_callback=_SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            seed_everything_default=0,
-            trainer_defaults={"enable_model_summary": False},
-            parser_kwargs={
-                "prog": "hybridvl",
-                "parser_mode": "omegaconf+",
-                command: {
+        self._made: Path | None = None
+        try:
+            super().__init__(
+                SupervisedTuning,
+                ChatDataModule,
+                save_config_callback=_SaveConfig,
+                save_config_kwargs={"overwrite": True},
+                seed_everything_default=0,
+                trainer_defaults={"enable_model_summary": False},
+                parser_kwargs={
+                    "prog": "hybridvl",
                     "parser_mode": "omegaconf+",
-                    "description": DESCRIPTIONS[command],
-                    "usage": f"hybridvl {command} --config RECIPE [--KEY VALUE ...]",
+                    command: {
+                        "parser_mode": "omegaconf+",
+                        "description": DESCRIPTIONS[command],
+                        "usage": f"hybridvl {command} --config RECIPE [--KEY VALUE ...]",
+                    },
                 },
-            },
-            parser_class=_Parser,
-            args=[command, *merge_mixer_flags(arguments, _Parser.recipes)],
-            auto_configure_optimizers=False,
-        )
+                parser_class=_Parser,
+                args=[command, *merge_mixer_flags(arguments, _Parser.recipes)],
+                auto_configure_optimizers=False,
+            )
+        except ConfigError:
+            self._forget_folder()
+            raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Only the command that runs: building the parser of one takes seconds."""
@@ -176,7 +182,8 @@ class TrainingCLI(LightningCLI):
         by_name = {"last": LAST, "best": BEST}.get(path)
         found = Path(path) if by_name is None else self._newest(by_name)
         if not found.is_file():
-            raise ConfigError(f"ckpt_path: {path}: no such file")
+            what = "a folder; expected a file, for example checkpoints/last.ckpt" if found.is_dir() else "no such file"
+            raise ConfigError(f"ckpt_path: {path}: {what}")
         section.ckpt_path = str(found)
         folder = found.resolve().parent.parent
         if found.parent.name == "checkpoints" and (by_name or self._command != "fit"):
@@ -297,13 +304,20 @@ class TrainingCLI(LightningCLI):
     def _make_folder(self) -> None:
         if is_dry_run(self.trainer) or not self.trainer.is_global_zero:
             return
+        folder = run_folder(self.trainer)
         try:
-            os.makedirs(run_folder(self.trainer), exist_ok=True)
+            self._made = None if folder.exists() else folder
+            os.makedirs(folder, exist_ok=True)
         except OSError as error:
             if error.errno not in _NO_FOLDER:
                 raise
             root = self._get(self.config_init, "run").root
             raise ConfigError(f"run.root: {root}: cannot make the run folder there ({error.strerror})") from error
+
+    def _forget_folder(self) -> None:
+        """Remove the folder that this fit has made when it is refused before its first step."""
+        if self._made is not None and self._made.exists() and not self.trainer.global_step:
+            shutil.rmtree(self._made)
 
     def _report(self) -> None:
         summary = next(c for c in self.trainer.callbacks if isinstance(c, RunSummary))  # type: ignore[attr-defined]

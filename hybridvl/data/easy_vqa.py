@@ -45,9 +45,9 @@ class EasyVQA(Task):
 
     A training sample is one image with several of its questions, drawn anew in every epoch. None of them is given away
     by an earlier one ("what color is the circle?"), so that every answer must be seen; and of the yes-or-no questions
-    about as many ask for what is there as for what is not, since the package's own are guessed right four times in five from
-    their words alone. A validation or test sample is one question as the package has it. Validation images are held
-    out from the package's training images.
+    about as many ask for what is there as for what is not, since the package's own are guessed right four times in
+    five from their words alone. A validation or test sample is one question as the package has it. Validation images
+    are held out from the package's training images.
 
     Args:
         turns: questions drawn for one training image, in one conversation; fewer are asked where the image has no more

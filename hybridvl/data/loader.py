@@ -195,7 +195,7 @@ class _Encoded(Dataset[Any]):
                 number, row = key
                 return self.encoder(self.source.decode(row), f"{self.name} sample {number}")
             epoch, number = key
-            return self.encoder(self.source.sample(number, epoch), f"{self.name} sample {number}")
+            return self.encoder(self.source.sample(number, epoch), f"{self.name} {self.source.place(number)}")
         except ConfigError as error:
             return _Failure(str(error))
 

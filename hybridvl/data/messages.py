@@ -64,16 +64,18 @@ class MessageData(Task):
     def source(self, split: Split, seed: int) -> TableSource | RowStream:
         """The samples of a split; raises ConfigError when it is missing, unreadable or empty."""
         require_split(split)
-        rows, label = self._rows(split)
+        rows, label, first = self._rows(split)
         local = Path(self.path)
         folder = local.parent if local.is_file() else local
         if not self.streaming and not len(rows):
             raise _empty(label)
         rows = self.columns.prepare(rows, f"data.task.path: {label}")
-        source = RowStream if self.streaming else TableSource
-        return source(rows, self.columns, folder, label)
+        if self.streaming:
+            return RowStream(rows, self.columns, folder, label)
+        return TableSource(rows, self.columns, folder, label, first)
 
-    def _rows(self, split: Split) -> tuple[Any, str]:
+    def _rows(self, split: Split) -> tuple[Any, str, int]:
+        """The rows of a split, what to call them, and the number of the first one."""
         if self._loaded is None:
             self._loaded = load_splits(self.path, self.name, self.streaming)
         wanted = {"train": self.train_split, "val": self.val_split, "test": self.test_split}[split]
@@ -92,7 +94,8 @@ class MessageData(Task):
         held_out = self.val_split is None and not any(name in self._loaded for name in VAL_NAMES)
         if name == self.train_split and held_out:
             rows = self._hold_out(rows, split)
-        return rows, f"{self.path} ({name})"
+        first = self.val_samples if held_out and split == "train" else 0
+        return rows, f"{self.path} ({name})", first
 
     def _hold_out(self, rows: Any, split: Split) -> Any:
         if self.streaming:
@@ -109,20 +112,25 @@ class MessageData(Task):
 
 
 class TableSource(Source):
-    """Samples of a data set with random access."""
+    """Samples of a data set with random access; `first` is the number of the first row in its file."""
 
-    def __init__(self, rows: Dataset, columns: MessageColumns, folder: Path, label: str) -> None:
+    def __init__(self, rows: Dataset, columns: MessageColumns, folder: Path, label: str, first: int = 0) -> None:
         self._rows = rows
         self._columns = columns
         self._folder = folder
         self._label = label
+        self._first = first
 
     def __len__(self) -> int:
         return len(self._rows)
 
+    def place(self, index: int) -> str:
+        """See `Source.place`."""
+        return f"{self._label} row {self._first + index}"
+
     def sample(self, index: int, epoch: int) -> Sample:
         """Row `index`; the same in every epoch."""
-        return self._columns.sample(self._rows[index], self._folder, f"{self._label} row {index}")
+        return self._columns.sample(self._rows[index], self._folder, self.place(index))
 
 
 class RowStream(StreamSource):

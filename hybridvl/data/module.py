@@ -169,3 +169,6 @@ class _First(Source):
 
     def sample(self, index: int, epoch: int) -> Sample:
         return self._source.sample(index, 0)
+
+    def place(self, index: int) -> str:
+        return self._source.place(index)

@@ -30,6 +30,10 @@ class Source(ABC):
     def sample(self, index: int, epoch: int) -> Sample:
         """Sample `index` of an epoch; the same arguments give the same sample in every process."""
 
+    def place(self, index: int) -> str:
+        """Where sample `index` stands, for messages."""
+        return f"sample {index}"
+
 
 class StreamSource(ABC):
     """The samples of one split in the order in which they are read, without random access."""

@@ -162,6 +162,7 @@ class ModelConfig:
         return cls(**values)
 
     def _check_vision_tokens(self) -> None:
+        _require_int("vision_start_token_id", self.vision_start_token_id, minimum=0)
         for name in ("image_token_id", "video_token_id"):
             token = getattr(self, name)
             _require_int(name, token, minimum=0)
@@ -184,5 +185,5 @@ def _require_int(name: str, value: object, minimum: int) -> None:
 
 
 def _require_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ConfigError(f"{name}: {value!r}; expected a number above 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ConfigError(f"{name}: {value!r}; expected a finite number above 0")

@@ -151,6 +151,8 @@ def _moved(plan: VisionPlan, device: torch.device) -> VisionPlan:
 
 def grid_tuples(grid_thw: Tensor | Sequence[Sequence[int]], name: str = "grid_thw") -> tuple[Grid, ...]:
     """The rows of grid_thw (n, 3) as tuples of ints; any other shape is a ConfigError that calls it `name`."""
+    if not isinstance(grid_thw, Tensor) and len({len(row) for row in grid_thw}) > 1:
+        raise ConfigError(f"{name}: {[*grid_thw]}; expected three numbers, frames, rows and columns, of each")
     shape = tuple(torch.as_tensor(grid_thw).shape)
     if shape[1:] != (3,) and shape != (0,):
         raise ConfigError(f"{name}: shape {shape}; expected (n, 3), frames, rows and columns of each")

@@ -57,6 +57,14 @@ MISTAKES = [
     ("data: {images: {patch_size: 8}}", "", r"data\.images\.patch_size: 8; model\.net\.vision\.patch_size is 4"),
     ("data: {images: {mean: [0.5, 0.5, 0.5], std: [1, 1, 1]}}", "", r"data\.images\.mean: 3 channels; .*channels is 1"),
     ("", "--ckpt_path nowhere.ckpt", r"ckpt_path: nowhere\.ckpt: no such file"),
+    ("", "--data.task NoSuch", r"data\.task: NoSuch; expected one of Task, null \(a class by its import path\)$"),
+    (
+        "",
+        "--data.task hybridvl.data.NoSuch",
+        r"data\.task: hybridvl\.data\.NoSuch: .* has no attribute 'NoSuch'$",
+    ),
+    ("", "--seed_everything null", r"seed_everything: null; expected one of bool, int$"),
+    ("", "--ckpt_path .", r"ckpt_path: \.: a folder; expected a file"),
     ("", "--ckpt_path last", r"ckpt_path: no .*last\.ckpt; there is nothing to go on from"),
 ]
 
@@ -66,6 +74,8 @@ def test_fit_refuses(text: str, flags: str, message: str, tmp_path: Path, capfd:
     recipe = cli_runs.recipe(tmp_path, text=text)
     assert main(["fit", "--config", str(recipe), *flags.split()]) == 2
     _assert_refused(capfd, message)
+    # A run that got nowhere leaves no folder.
+    assert [run for run in tmp_path.glob("runs/*/version_*") if not (run / "checkpoints").exists()] == []
 
 
 def test_a_missing_recipe(capfd: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +86,7 @@ def test_a_missing_recipe(capfd: pytest.CaptureFixture[str]) -> None:
 def test_a_recipe_that_is_not_yaml(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.yaml").write_text("model: {net: {pattern: full\n")
     assert main(["fit", "--config", str(tmp_path / "bad.yaml")]) == 2
-    _assert_refused(capfd, r"expected ',' or '}'")
+    _assert_refused(capfd, r"bad\.yaml: .*expected ',' or '}'")
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
