@@ -305,14 +305,15 @@ class TrainingCLI(LightningCLI):
         if is_dry_run(self.trainer) or not self.trainer.is_global_zero:
             return
         folder = run_folder(self.trainer)
+        new = not os.path.isdir(folder)
         try:
-            self._made = None if folder.exists() else folder
             os.makedirs(folder, exist_ok=True)
         except OSError as error:
             if error.errno not in _NO_FOLDER:
                 raise
             root = self._get(self.config_init, "run").root
             raise ConfigError(f"run.root: {root}: cannot make the run folder there ({error.strerror})") from error
+        self._made = folder if new else None
 
     def _forget_folder(self) -> None:
         """Remove the folder that this fit has made when it is refused before its first step."""
