@@ -6,8 +6,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hybridvl.checkpoints import load, save
     from hybridvl.layers.errors import ConfigError
-    from hybridvl.models.checkpoints import load, save
 
 __version__ = "0.1.0"
 
@@ -16,8 +16,8 @@ __all__ = ["ConfigError", "__version__", "load", "save"]
 # Where each public name lives. Importing them here would import torch, which takes seconds.
 _HOMES = {
     "ConfigError": "hybridvl.layers.errors",
-    "load": "hybridvl.models.checkpoints",
-    "save": "hybridvl.models.checkpoints",
+    "load": "hybridvl.checkpoints",
+    "save": "hybridvl.checkpoints",
 }
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from hybridvl.checkpoints.folders import load
 from hybridvl.cli.arguments import Arguments
 from hybridvl.inference.processor import Processor
 from hybridvl.layers.errors import ConfigError
-from hybridvl.models.checkpoints import load
 from hybridvl.models.generation import Sampling, generate
 from hybridvl.models.vlm import VisionLanguageModel
 

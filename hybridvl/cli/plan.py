@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from hybridvl.checkpoints.folders import read_config
 from hybridvl.cli.arguments import Arguments
 from hybridvl.layers.errors import ConfigError
-from hybridvl.models.checkpoints import read_config
 from hybridvl.models.config import ModelConfig, VisionConfig
 from hybridvl.plan.costs import CONTEXTS, Plan, plan_model
 from hybridvl.plan.tables import comparison_table, layer_table

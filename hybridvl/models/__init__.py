@@ -1,6 +1,5 @@
-"""Vision-language models: a decoder built from a layer pattern, the Qwen2.5-VL vision tower, checkpoints."""
+"""Vision-language models: a decoder built from a layer pattern, and the Qwen2.5-VL vision tower."""
 
-from hybridvl.models.checkpoints import load, save
 from hybridvl.models.config import ModelConfig, VisionConfig
 from hybridvl.models.decoder import ModelState
 from hybridvl.models.generation import Sampling
@@ -13,6 +12,4 @@ __all__ = [
     "Sampling",
     "VisionConfig",
     "VisionLanguageModel",
-    "load",
-    "save",
 ]

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 from torch.optim import Optimizer
 
+from hybridvl.checkpoints.folders import check_same_model
 from hybridvl.data.module import ChatDataModule
 from hybridvl.layers.errors import ConfigError
-from hybridvl.models.checkpoints import check_same_model
 from hybridvl.models.config import ModelConfig
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.training.agreement import check_agreement

@@ -1,4 +1,4 @@
-"""Imports go one way: layers.ops <- layers <- pattern, models <- data, training, inference <- cli, without cycles."""
+"""Imports go one way: layers.ops <- layers <- pattern, models <- checkpoints <- data, training, inference <- cli."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ LEVELS = [
     {"layers.ops"},
     {"layers"},
     {"pattern", "models", "testing"},
+    {"checkpoints"},
     {"data", "plan"},
     {"inference"},
     {"training"},

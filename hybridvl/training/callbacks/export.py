@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from hybridvl.checkpoints.folders import save
 from hybridvl.data.module import ChatDataModule
 from hybridvl.inference.processor import Processor
-from hybridvl.models.checkpoints import save
 from hybridvl.training.supervised import SupervisedTuning
 from hybridvl.training.trainer import is_dry_run, run_folder
 

@@ -19,8 +19,8 @@ from model_cases import DATA, IMAGE, prompts, relative_error, small_config, smal
 from safetensors.torch import load_file, save_file
 
 import hybridvl
+from hybridvl.checkpoints.folders import check_same_model, load_weights, read_config
 from hybridvl.layers import ConfigError
-from hybridvl.models.checkpoints import check_same_model, load_weights, read_config
 from hybridvl.models.config import ModelConfig
 from hybridvl.models.vlm import VisionLanguageModel
 
@@ -125,7 +125,7 @@ def test_published_configs_without_the_optional_fields(tmp_path: Path) -> None:
 
 
 def translated(values: dict[str, object]) -> ModelConfig:
-    from hybridvl.models.foreign import translate_config
+    from hybridvl.checkpoints.foreign import translate_config
 
     return translate_config(values, ["model.embed_tokens.weight"], "place")
 
@@ -177,7 +177,7 @@ def test_pickles_are_refused(folder: Path, tmp_path: Path) -> None:
 
 def test_a_header_that_begins_like_a_pickle_is_fine(tmp_path: Path) -> None:
     """safetensors begin with the length of their header, which may be 640 = bytes 80 02."""
-    from hybridvl.models.weights import read_weights
+    from hybridvl.checkpoints.weights import read_weights
 
     file = tmp_path / "model.safetensors"
     for length in range(400, 640):
@@ -311,9 +311,9 @@ def test_the_last_good_checkpoint_survives_a_full_disk(folder: Path) -> None:
     assert (folder / "model.safetensors").stat().st_size > 20_000
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     command = [sys.executable, "-c", FILL_THE_DISK, str(folder), str(here)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=here.parents[1], check=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=here.parent, check=True)
     assert "model.safetensors: cannot be written: " in done.stdout
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     row = prompts()[0]

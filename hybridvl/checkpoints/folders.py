@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridvl.checkpoints.foreign import translate_config, translate_name
+from hybridvl.checkpoints.weights import PICKLES, read_json, read_weights, weight_names, write_json, write_weights
 from hybridvl.layers import ConfigError
 from hybridvl.models.config import ModelConfig
-from hybridvl.models.foreign import translate_config, translate_name
 from hybridvl.models.vlm import VisionLanguageModel
-from hybridvl.models.weights import PICKLES, read_json, read_weights, weight_names, write_json, write_weights
 from hybridvl.pattern import parse_pattern
 
 FORMAT_VERSION = 1

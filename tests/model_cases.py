@@ -12,7 +12,7 @@ from torch import Tensor
 from hybridvl.models.config import ModelConfig, VisionConfig
 from hybridvl.models.vlm import VisionLanguageModel
 
-DATA = Path(__file__).parents[1] / "data"
+DATA = Path(__file__).parent / "data"
 IMAGE, VIDEO = 90, 91
 ATTENTION = {"heads": 4, "kv_heads": 2, "head_dim": 16}
 MIXERS = {
