@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping
 from itertools import zip_longest
 from pathlib import Path
@@ -12,17 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridvl.checkpoints.foreign import translate_config, translate_name
-from hybridvl.checkpoints.weights import PICKLES, read_json, read_weights, weight_names, write_json, write_weights
+from hybridvl.checkpoints.checkpoint import FORMAT_VERSION, Checkpoint, checkpoint_folder, open_checkpoint
+from hybridvl.checkpoints.files import write_json
+from hybridvl.checkpoints.weights import write_weights
 from hybridvl.layers import ConfigError
 from hybridvl.models.config import ModelConfig
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.pattern import parse_pattern
 
-FORMAT_VERSION = 1
 FORMATS = ("hybridvl",)
 _LISTED = 8  # differences that an error message spells out
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What a model may change without its weights becoming another model's.
 _FREE_FIELDS = {"pattern", "mixers", "init_std", "activation_checkpointing"}
 _FREE_OPTIONS = {"backend"}
@@ -35,7 +33,7 @@ def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
     parameters, None keeps the saved one (what a mixer keeps in float32 stays so). Raises ConfigError for a missing or
     damaged checkpoint, for pickles, and unless every tensor of the model is in the folder and none is left over.
     """
-    folder = _folder(path)
+    folder = checkpoint_folder(path)
     config, tensors = _read(folder)
     with torch.device("meta"):
         model = VisionLanguageModel(config)
@@ -46,7 +44,7 @@ def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
 
 def load_weights(model: VisionLanguageModel, path: str | Path) -> None:
     """Copy a folder's weights into a model of the same configuration; ConfigError says which layers differ."""
-    folder = _folder(path)
+    folder = checkpoint_folder(path)
     config, tensors = _read(folder)
     check_same_model(config, model.config, str(folder))
     _check_tensors(model, tensors, folder)
@@ -68,7 +66,7 @@ def save(model: VisionLanguageModel, path: str | Path, format: str = "hybridvl")
 
 def read_config(path: str | Path) -> ModelConfig:
     """The configuration of the model in a folder, from config.json and, for foreign folders, the tensors' names."""
-    return _read_config(_folder(path))[0]
+    return open_checkpoint(path).config
 
 
 def check_same_model(saved: ModelConfig, own: ModelConfig, place: str) -> None:
@@ -83,38 +81,13 @@ def check_same_model(saved: ModelConfig, own: ModelConfig, place: str) -> None:
         )
 
 
-def _folder(path: str | Path) -> Path:
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.suffix in PICKLES:
-        raise ConfigError(f"{path}: pickles are never loaded; expected a folder with safetensors")
-    if folder.exists():
-        raise ConfigError(f"{path}: is a file; expected a folder with config.json and safetensors")
-    if _HUB_ID.fullmatch(str(path)) and not folder.parent.exists():
-        return _download(str(path))
-    raise ConfigError(f"{path}: no such folder; expected a checkpoint folder or a hub id")
-
-
-def _download(hub_id: str) -> Path:
-    from huggingface_hub import snapshot_download  # lazily: only hub ids need it
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
-    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors or ValueErrors
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{hub_id}: no such folder, and not to be had from the hub: {reason}") from error
-
-
 def _read(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The configuration, and all tensors under our names."""
-    config, values = _read_config(folder)
-    tensors = read_weights(folder)
-    if "pattern" not in values:
-        tensors = {translate_name(name, values, str(folder)): tensor for name, tensor in tensors.items()}
-        if config.tie_embeddings:
-            _drop_tied_head(tensors, folder)
-    return config, tensors
+    checkpoint = Checkpoint(folder)
+    tensors = {name: checkpoint.tensor(name) for name in checkpoint.names}
+    if checkpoint.config.tie_embeddings:
+        _drop_tied_head(tensors, folder)
+    return checkpoint.config, tensors
 
 
 def _drop_tied_head(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -125,21 +98,6 @@ def _drop_tied_head(tensors: dict[str, Tensor], folder: Path) -> None:
             f"{folder}: lm_head.weight differs from the embedding, though config.json ties them; expected equal "
             "tensors, or tie_word_embeddings false"
         )
-
-
-def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """Our configuration, and what config.json says."""
-    place = folder / "config.json"
-    if not place.is_file():
-        raise ConfigError(f"{folder}: holds no config.json; expected a checkpoint folder")
-    values = read_json(place)
-    if "pattern" not in values:
-        return translate_config(values, weight_names(folder), str(place)), values
-    version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ConfigError(f"{place}: format_version {version!r}; expected {FORMAT_VERSION}")
-    own = {key: value for key, value in values.items() if key != "format_version"}
-    return ModelConfig.from_dict(own, str(place)), values
 
 
 def _check_tensors(model: VisionLanguageModel, tensors: Mapping[str, Tensor], folder: Path) -> None:

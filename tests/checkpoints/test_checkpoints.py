@@ -177,7 +177,7 @@ def test_pickles_are_refused(folder: Path, tmp_path: Path) -> None:
 
 def test_a_header_that_begins_like_a_pickle_is_fine(tmp_path: Path) -> None:
     """safetensors begin with the length of their header, which may be 640 = bytes 80 02."""
-    from hybridvl.checkpoints.weights import read_weights
+    from hybridvl.checkpoints.tensor_files import TensorFiles
 
     file = tmp_path / "model.safetensors"
     for length in range(400, 640):
@@ -186,7 +186,7 @@ def test_a_header_that_begins_like_a_pickle_is_fine(tmp_path: Path) -> None:
             break
     else:
         pytest.fail("no name gave a header of 640 bytes")
-    assert len(read_weights(tmp_path)) == 1
+    assert len(TensorFiles(tmp_path).stored) == 1
 
 
 def test_broken_folders(folder: Path, tmp_path: Path) -> None:
