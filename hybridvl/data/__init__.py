@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hybridvl.data.module import ChatDataModule as ChatDataModule
     from hybridvl.data.task import Task as Task
     from hybridvl.data.tokens import load_tokenizer as load_tokenizer
+    from hybridvl.data.video import VideoConfig as VideoConfig
 
 _HOMES = {
     "ChatDataModule": "module",
@@ -21,10 +22,20 @@ _HOMES = {
     "ImageConfig": "images",
     "MessageData": "messages",
     "Task": "task",
+    "VideoConfig": "video",
     "load_tokenizer": "tokens",
 }
 
-__all__ = ["ChatDataModule", "DigitPages", "EasyVQA", "ImageConfig", "MessageData", "Task", "load_tokenizer"]
+__all__ = [
+    "ChatDataModule",
+    "DigitPages",
+    "EasyVQA",
+    "ImageConfig",
+    "MessageData",
+    "Task",
+    "VideoConfig",
+    "load_tokenizer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,10 @@ DEFAULT_SYSTEM = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
 
 Message = Mapping[str, Any]
-"""{"role": str, "content": str | [{"type": "text", "text": str} | {"type": "image", "image": ...}]}."""
+"""{"role": str, "content": str | [part]}; a part is {"type": "text", "text": str}, {"type": "image", "image": ...} or
+{"type": "video", "video": ..., and options of `hybridvl.data.video.VIDEO_OPTIONS`}."""
+
+_PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,15 @@ class EncodedChat:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Either a run of text, or one token of the format by name; `answer` when it is to be predicted."""
+    """Either a run of text, or one token of the format by name; `answer` when it is to be predicted.
+
+    visual: "image" or "video" when the token is the placeholder of one.
+    """
 
     text: str = ""
     token: str = ""
     answer: bool = False
+    visual: str = ""
 
 
 class ChatFormat:
@@ -94,6 +101,7 @@ class ChatFormat:
         self,
         messages: Sequence[Message],
         image_tokens: Sequence[int] = (),
+        video_tokens: Sequence[int] = (),
         *,
         place: str = "messages",
         generation_prompt: bool = False,
@@ -103,21 +111,23 @@ class ChatFormat:
         Args:
             messages: the turns, oldest first.
             image_tokens: merged vision tokens of each image, in the order in which the images occur.
+            video_tokens: the same for videos.
             place: what an error message calls this conversation.
             generation_prompt: end with an opened assistant turn, for a model to continue.
 
         Raises:
-            ConfigError: malformed messages, or another number of images than `image_tokens` has.
+            ConfigError: malformed messages, or another number of images or videos than is given.
         """
         ids: list[int] = []
         labels: list[int] = []
         answers: list[tuple[int, int]] = []
-        sizes = iter(image_tokens)
-        images = 0
+        given = {"image": image_tokens, "video": video_tokens}
+        shown = {"image": 0, "video": 0}
         for piece in self._pieces(messages, place, generation_prompt):
-            if piece.token == "<|image_pad|>":
-                images += 1
-                added = [self._ids[piece.token]] * next(sizes, 0)
+            if piece.visual:
+                sizes = given[piece.visual][shown[piece.visual] :]
+                added = [self._ids[piece.token]] * (sizes[0] if sizes else 0)
+                shown[piece.visual] += 1
             else:
                 added = [self._ids[piece.token]] if piece.token else self._encode_text(piece.text)
             if piece.answer:
@@ -127,18 +137,24 @@ class ChatFormat:
                     answers.append((len(ids), len(ids) + len(added)))
             ids += added
             labels += added if piece.answer else [IGNORED] * len(added)
-        if images != len(image_tokens):
-            raise ConfigError(f"{place}: the messages show {images} images, but {len(image_tokens)} are given")
+        for kind, count in shown.items():
+            if count != len(given[kind]):
+                raise ConfigError(f"{place}: the messages show {count} {kind}s, but {len(given[kind])} are given")
         return EncodedChat(ids, labels, answers)
 
     def render(
-        self, messages: Sequence[Message], image_tokens: Sequence[int] | None = None, *, generation_prompt: bool = False
+        self,
+        messages: Sequence[Message],
+        image_tokens: Sequence[int] | None = None,
+        video_tokens: Sequence[int] | None = None,
+        *,
+        generation_prompt: bool = False,
     ) -> str:
-        """The conversation as text; every image placeholder once, or as often as `image_tokens` says."""
-        sizes = iter(image_tokens or ())
+        """The conversation as text; every placeholder once, or as often as `image_tokens` and `video_tokens` say."""
+        sizes = {"image": iter(image_tokens or ()), "video": iter(video_tokens or ())}
         parts = []
         for piece in self._pieces(messages, "messages", generation_prompt):
-            repeats = next(sizes, 1) if piece.token == "<|image_pad|>" else 1
+            repeats = next(sizes[piece.visual], 1) if piece.visual else 1
             parts.append((piece.token or piece.text) * repeats)
         return "".join(parts)
 
@@ -173,11 +189,12 @@ def _turn(message: Message, place: str) -> Iterator[_Piece]:
             text += part["text"]
             continue
         if answer:
-            raise ConfigError(f"{place}: an image in an assistant turn; expected images in user turns only")
+            kind = {"image": "an image", "video": "a video"}[part["type"]]
+            raise ConfigError(f"{place}: {kind} in an assistant turn; expected images and videos in user turns only")
         if text:
             yield _Piece(text)
         yield _Piece(token="<|vision_start|>")
-        yield _Piece(token="<|image_pad|>")
+        yield _Piece(token=_PADS[part["type"]], visual=part["type"])
         yield _Piece(token="<|vision_end|>")
         text = ""
     if text:
@@ -187,7 +204,7 @@ def _turn(message: Message, place: str) -> Iterator[_Piece]:
 
 
 def content_parts(content: object, place: str) -> list[dict[str, Any]]:
-    """A message's content as a list of text and image parts; ConfigError when it is neither text nor such a list."""
+    """A message's content as a list of text, image and video parts; ConfigError when it is neither text nor such."""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, Sequence):
@@ -199,9 +216,11 @@ def content_parts(content: object, place: str) -> list[dict[str, Any]]:
             parts.append({"type": "text", "text": part["text"]})
         elif kind == "image":
             parts.append({"type": "image", "image": part.get("image")})
+        elif kind == "video":
+            parts.append({"video": None, **part})
         else:
             raise ConfigError(
-                f"{place}.content[{index}]: {part!r:.80}; expected "
-                '{"type": "text", "text": ...} or {"type": "image", "image": ...}'
+                f'{place}.content[{index}]: {part!r:.80}; expected {{"type": "text", "text": ...}}, '
+                '{"type": "image", "image": ...} or {"type": "video", "video": ...}'
             )
     return parts

@@ -92,13 +92,17 @@ class ImageProcessor:
         Raises:
             ConfigError: the image cannot be read, or its sides differ more than 200 times.
         """
-        image = open_image(source, place).convert("RGB" if self.config.channels == 3 else "L")
+        image = open_image(source, place)
         low, high = self.config.pixel_limits
         height, width = smart_resize(image.height, image.width, self.config.factor, low, high, place)
+        return self.patches(self.pixels(image, height, width)[None])
+
+    def pixels(self, image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
+        """(height, width, C) uint8: the image in the processor's colours, resized bicubically where it must be."""
+        image = image.convert("RGB" if self.config.channels == 3 else "L")
         if (height, width) != (image.height, image.width):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        pixels = np.asarray(image).reshape(1, height, width, self.config.channels)
-        return self.patches(pixels)
+        return np.asarray(image).reshape(height, width, self.config.channels)
 
     def patches(self, frames: NDArray[np.uint8]) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """Frames (F, H, W, C) uint8, sides multiples of the factor: rows of patches and the grid (t, h, w).
@@ -130,7 +134,7 @@ class ImageProcessor:
 
 
 def smart_resize(
-    height: int, width: int, factor: int, min_pixels: int, max_pixels: int, place: str = "image"
+    height: int, width: int, factor: int, min_pixels: float, max_pixels: float, place: str = "image"
 ) -> tuple[int, int]:
     """The nearest (height, width) that are multiples of `factor`, keep the shape and lie within the area's limits.
 

@@ -56,7 +56,8 @@ class BatchStream:
     ) -> None:
         self.order = order
         self.config = config
-        self._collator = Collator(encoder.chat, encoder.images.config.merge_size, packing=config.packing)
+        merge_size = encoder.images.config.merge_size
+        self._collator = Collator(encoder.chat, merge_size, packing=config.packing, videos=encoder.videos.config)
         self._dataset = _Encoded(source, encoder, name)
         self._loader: DataLoader[Any] | None = None
 

@@ -14,15 +14,17 @@ from hybridvl.data.loader import BatchStream, EvalLoader, LoaderConfig, TrainLoa
 from hybridvl.data.order import NumberOrder, make_order
 from hybridvl.data.task import Sample, Source, Split, Task
 from hybridvl.data.tokens import BUILTIN, load_tokenizer
+from hybridvl.data.video import VideoConfig, VideoProcessor
 from hybridvl.layers.errors import ConfigError
 
 DEFAULT_IMAGES = ImageConfig()
+DEFAULT_VIDEOS = VideoConfig()
 UNCOUNTED_BATCHES = 1_000
 """Batches in an epoch where one pass over the data cannot be counted beforehand."""
 
 
 class ChatDataModule(LightningDataModule):
-    """Batches of conversations with images, with labels on the answers.
+    """Batches of conversations with images and videos, with labels on the answers.
 
     Training batches are an endless stream; an epoch is a fixed number of them. Which samples a batch holds follows
     from the seed and the batch's number alone, not from the number of workers, and a checkpoint stores how far the
@@ -32,6 +34,7 @@ class ChatDataModule(LightningDataModule):
         task: where samples come from; `class_path` and `init_args`. Default: pages of scanned digits.
         tokenizer: "builtin", a folder, or the id of a Hugging Face model.
         images: patch sizes (which must be the vision tower's), size limits and normalisation.
+        videos: which frames of a video are shown and how large, and how they are placed (which must be the model's).
         batch_size: samples in a padded batch.
         eval_batch_size: the same for validation, test and prediction; None takes batch_size.
         max_tokens: context, the longest conversation; with packing also the length of a row at most.
@@ -50,6 +53,7 @@ class ChatDataModule(LightningDataModule):
         task: Task | None = None,
         tokenizer: str = BUILTIN,
         images: ImageConfig = DEFAULT_IMAGES,
+        videos: VideoConfig = DEFAULT_VIDEOS,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         max_tokens: int = 2048,
@@ -80,6 +84,7 @@ class ChatDataModule(LightningDataModule):
         self.shuffle_block = shuffle_block
         self.chat = ChatFormat(load_tokenizer(tokenizer), system)
         self.images = ImageProcessor(images)
+        self.videos = VideoProcessor(self.images, videos)
         self.max_tokens = max_tokens
         self._train_config = LoaderConfig(batch_size, max_tokens, packing, workers)
         self._eval_config = LoaderConfig(eval_batch_size or batch_size, max_tokens, False, workers)
@@ -142,7 +147,9 @@ class ChatDataModule(LightningDataModule):
         self._loaders.clear()
 
     def _encoder(self, require_answers: bool = True) -> SampleEncoder:
-        return SampleEncoder(self.chat, self.images, self.max_tokens, require_answers=require_answers)
+        return SampleEncoder(
+            self.chat, self.images, self.max_tokens, videos=self.videos, require_answers=require_answers
+        )
 
     def _eval_loader(self, split: Split, require_answers: bool = True) -> EvalLoader:
         source = self.source(split)

@@ -1,4 +1,4 @@
-"""The text and image side of a trained model, kept in its folder: tokenizer, system turn, image settings."""
+"""The text, image and video side of a model, kept in its folder: tokenizer, system turn, sizes and rates."""
 
 from __future__ import annotations
 
@@ -12,67 +12,125 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridvl.data.chat import ChatFormat, content_parts
+from hybridvl.data.chat import ChatFormat
 from hybridvl.data.images import ImageConfig, ImageProcessor
 from hybridvl.data.tokens import load_tokenizer
+from hybridvl.data.video import VideoConfig, VideoProcessor
+from hybridvl.data.visuals import Visuals, read_visuals, token_counts
+from hybridvl.inference.foreign import has_settings, read_settings, use_template
 from hybridvl.layers.errors import ConfigError
 
 FILE = "hybridvl_processor.json"
+
+Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Processor:
     """Turns messages into model inputs and tokens into text.
 
-    chat: the chat format with its tokenizer. images: how pictures become patches.
+    chat: the chat format with its tokenizer. images, videos: how pictures and clips become patches; videos None takes
+    Qwen2.5-VL's settings.
     """
 
     chat: ChatFormat
     images: ImageProcessor
+    videos: VideoProcessor | None = None
 
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer's files and hybridvl_processor.json into a folder."""
-        settings = {"system": self.chat.system, "images": dataclasses.asdict(self.images.config)}
+        settings = {
+            "system": self.chat.system,
+            "images": dataclasses.asdict(self.images.config),
+            "videos": dataclasses.asdict(self._videos.config),
+        }
         self.chat.tokenizer.save_pretrained(str(folder))
         (Path(folder) / FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> Processor:
-        """Read what `save` wrote; ConfigError when the folder has none or it is damaged."""
-        path = Path(folder) / FILE
-        if not path.is_file():
-            raise ConfigError(f"{folder}: no {FILE}; expected the model folder of a run, for example RUN/model")
+        """The processor in a folder: what `save` wrote, or the files of Qwen2.5-VL and InfiniteVL.
+
+        Those are preprocessor_config.json, video_preprocessor_config.json or processor_config.json, a tokenizer, and a
+        chat template where there is one.
+
+        Raises:
+            ConfigError: the folder has none, or it is damaged or of another kind of model.
+        """
+        own, path = Path(folder) / FILE, Path(folder)
+        if not own.is_file():
+            if not has_settings(path):
+                raise ConfigError(
+                    f"{folder}: neither {FILE} nor preprocessor_config.json; expected a model folder, for example "
+                    "RUN/model or a Qwen2.5-VL checkpoint"
+                )
+            images, videos = read_settings(path)
+            tokenizer = load_tokenizer(str(folder))
+            return cls._of(ChatFormat(tokenizer, use_template(tokenizer, path)), images, videos)
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings = json.loads(own.read_text(encoding="utf-8"))
             images = ImageConfig(**settings["images"])
+            videos = VideoConfig(**settings.get("videos", {}))
             system = settings["system"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: damaged ({error})") from error
-        return cls(ChatFormat(load_tokenizer(str(folder)), system), ImageProcessor(images))
+            raise ConfigError(f"{own}: damaged ({error})") from error
+        return cls._of(ChatFormat(load_tokenizer(str(folder)), system), images, videos)
 
     @property
     def stop_id(self) -> int:
         """The token that ends an answer."""
         return self.chat.tokenizer.get_vocab()["<|im_end|>"]
 
-    def prompt(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """input_ids (1, T), and with images pixel_values (P, patch_dim) and image_grid_thw (images, 3), of a
-        conversation that the model is to go on with."""
-        pixels, grids = [], []
-        for index, message in enumerate(messages):
-            for part in content_parts(message.get("content"), f"messages[{index}]"):
-                if part["type"] == "image":
-                    rows, grid = self.images(part["image"], f"messages[{index}]")
-                    pixels.append(rows)
-                    grids.append(grid)
-        merged = self.images.config.merge_size**2
-        sizes = [t * h * w // merged for t, h, w in grids]
-        ids = self.chat.encode(messages, sizes, generation_prompt=True).input_ids
-        inputs = {"input_ids": torch.tensor([ids])}
-        if pixels:
-            inputs |= {"pixel_values": torch.cat(pixels), "image_grid_thw": torch.tensor(grids)}
-        return inputs
+    def prompt(self, messages: Messages) -> dict[str, Tensor]:
+        """What the model takes to go on with a conversation.
+
+        Returns:
+            input_ids (1, T) int64; with images pixel_values (P, patch_dim) float32 and image_grid_thw (images, 3)
+            int64; with videos pixel_values_videos, video_grid_thw and second_per_grid_ts (videos,) float32.
+
+        Raises:
+            ConfigError: malformed messages, or an image or video that cannot be read.
+        """
+        ids, visuals = self._encode(messages, "messages")
+        return {"input_ids": torch.tensor([ids]), **visuals.inputs()}
+
+    def batch(self, conversations: Sequence[Messages]) -> dict[str, Tensor]:
+        """The same for several conversations (B) at once, padded on the left; raises what `prompt` raises.
+
+        Returns:
+            what `prompt` returns, images and videos in the order of the rows, and attention_mask (B, T) bool, True at
+            real tokens.
+        """
+        if not conversations:
+            raise ConfigError("messages: no conversations; expected at least one")
+        rows, visuals = [], Visuals()
+        for number, messages in enumerate(conversations):
+            ids, shown = self._encode(messages, f"messages[{number}]")
+            rows.append(ids)
+            visuals.extend(shown)
+        length = max(map(len, rows))
+        input_ids = torch.full((len(rows), length), self.chat.pad_token_id)
+        mask = torch.zeros(len(rows), length, dtype=torch.bool)
+        for number, ids in enumerate(rows):
+            input_ids[number, length - len(ids) :] = torch.tensor(ids)
+            mask[number, length - len(ids) :] = True
+        return {"input_ids": input_ids, "attention_mask": mask, **visuals.inputs()}
 
     def text(self, tokens: Tensor | list[int]) -> str:
         """Tokens as text, special ones left out."""
         return str(self.chat.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    @classmethod
+    def _of(cls, chat: ChatFormat, images: ImageConfig, videos: VideoConfig) -> Processor:
+        processor = ImageProcessor(images)
+        return cls(chat, processor, VideoProcessor(processor, videos))
+
+    @property
+    def _videos(self) -> VideoProcessor:
+        return self.videos or VideoProcessor(self.images)
+
+    def _encode(self, messages: Messages, place: str) -> tuple[list[int], Visuals]:
+        visuals = read_visuals(messages, self.images, self._videos, place)
+        merge = self.images.config.merge_size
+        counts = token_counts(visuals.image_grids, merge), token_counts(visuals.video_grids, merge)
+        return self.chat.encode(messages, *counts, place=place, generation_prompt=True).input_ids, visuals

@@ -35,6 +35,16 @@ def check_agreement(net: ModelConfig, data: ChatDataModule) -> None:
         if cut != expected:
             theirs = "spatial_merge_size" if field == "merge_size" else field
             raise ConfigError(f"data.images.{field}: {cut}; model.net.vision.{theirs} is {expected}")
+    videos = data.videos.config
+    if videos.tokens_per_second != net.tokens_per_second:
+        raise ConfigError(
+            f"data.videos.tokens_per_second: {videos.tokens_per_second}; "
+            f"model.net.tokens_per_second is {net.tokens_per_second}"
+        )
+    if videos.convention != net.video_convention:
+        raise ConfigError(
+            f"data.videos.convention: {videos.convention!r}; model.net.video_convention is {net.video_convention!r}"
+        )
     if images.channels != vision.channels:
         raise ConfigError(
             f"data.images.mean: {images.channels} channels; model.net.vision.channels is {vision.channels}"

@@ -36,6 +36,8 @@ class Question:
     image_grid_thw: (images, 3) int64, or None.
     kind: what sort of question it is, "" when the data does not say.
     row: number of the sample within the batch.
+    pixel_values_videos, video_grid_thw: the same of the prompt's videos, or None.
+    second_per_grid_ts: (videos,) float32, or None.
     """
 
     prompt: Tensor
@@ -44,6 +46,9 @@ class Question:
     image_grid_thw: Tensor | None
     kind: str
     row: int
+    pixel_values_videos: Tensor | None = None
+    video_grid_thw: Tensor | None = None
+    second_per_grid_ts: Tensor | None = None
 
 
 def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,61 +82,62 @@ def answers_right(labels: Tensor, hits: Tensor) -> Tensor:
     return right.scatter_reduce(0, owner, hits.long(), "amin").bool()
 
 
-def split_questions(batch: Mapping[str, Any], image_token_id: int | None, merge: int = 1) -> list[Question]:
+def split_questions(
+    batch: Mapping[str, Any], image_token_id: int | None, merge: int = 1, video_token_id: int | None = None
+) -> list[Question]:
     """Every answer of a batch as a question of its own, earlier turns included in its prompt.
 
-    image_token_id: the token that stands for one merged patch; None for a text model.
+    image_token_id, video_token_id: the tokens that stand for one merged patch; None for a text model.
     merge: patches per such token, that is, spatial_merge_size squared.
     """
     kinds = iter(batch.get("answer_kinds") or ())
-    images = _Images(batch, merge)
+    images = _Visuals(image_token_id, merge, batch.get("pixel_values"), batch.get("image_grid_thw"))
+    videos = _Visuals(
+        *(video_token_id, merge, batch.get("pixel_values_videos"), batch.get("video_grid_thw")),
+        batch.get("second_per_grid_ts"),
+    )
     questions = []
     for number, (tokens, labels) in enumerate(_samples(batch)):
-        is_image = torch.zeros_like(tokens, dtype=torch.bool) if image_token_id is None else tokens == image_token_id
-        own = images.take(int(is_image.sum()))
+        own_images, own_videos = images.take(tokens), videos.take(tokens)
         for start, end in _spans(labels):
-            seen = own.within(int(is_image[:start].sum()))
+            prompt = tokens[:start]
+            pixels, grid, _ = own_images.within(prompt)
+            clip, clip_grid, seconds = own_videos.within(prompt)
             questions.append(
-                Question(tokens[:start], tokens[start:end], seen.pixels, seen.grid, next(kinds, ""), number)
+                Question(*(prompt, tokens[start:end], pixels, grid, next(kinds, ""), number), clip, clip_grid, seconds)
             )
     return questions
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """Some images of a batch: their patches, their grids, and how many tokens each became."""
+@dataclass
+class _Visuals:
+    """The images, or the videos, of a batch or of one of its samples, in order.
 
+    token: the token that stands for `merge` patches; None when there are none.
+    """
+
+    token: int | None
+    merge: int
     pixels: Tensor | None
     grid: Tensor | None
-    tokens: tuple[int, ...]
-    merge: int
+    seconds: Tensor | None = None
 
-    def within(self, count: int) -> _Seen:
-        """The first images, those that became the first `count` image tokens."""
-        images = _covering(self.tokens, count)
-        if not images or self.pixels is None or self.grid is None:
-            return _Seen(None, None, (), self.merge)
-        return _Seen(self.pixels[: count * self.merge], self.grid[:images], self.tokens[:images], self.merge)
+    def take(self, tokens: Tensor) -> _Visuals:
+        """Hand out the first of them, those that the tokens of the next sample show."""
+        taken = _Visuals(self.token, self.merge, *self.within(tokens))
+        if taken.pixels is not None and taken.grid is not None and self.pixels is not None and self.grid is not None:
+            self.pixels, self.grid = self.pixels[len(taken.pixels) :], self.grid[len(taken.grid) :]
+            self.seconds = None if self.seconds is None else self.seconds[len(taken.grid) :]
+        return taken
 
-
-class _Images:
-    """The images of a batch, handed out in order to the samples that show them."""
-
-    def __init__(self, batch: Mapping[str, Any], merge: int) -> None:
-        self._pixels, self._grid = batch.get("pixel_values"), batch.get("image_grid_thw")
-        self._merge = merge
-        self._next_image = self._next_patch = 0
-
-    def take(self, tokens: int) -> _Seen:
-        """The next images, as many as became `tokens` image tokens."""
-        if not tokens or self._pixels is None or self._grid is None:
-            return _Seen(None, None, (), self._merge)
-        sizes = tuple(int(size) // self._merge for size in self._grid[self._next_image :].prod(-1))
-        images = _covering(sizes, tokens)
-        patches = slice(self._next_patch, self._next_patch + tokens * self._merge)
-        grid = self._grid[self._next_image : self._next_image + images]
-        self._next_image, self._next_patch = self._next_image + images, patches.stop
-        return _Seen(self._pixels[patches], grid, sizes[:images], self._merge)
+    def within(self, tokens: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Pixels, grids and seconds of the first of them, those that these tokens show; None without any."""
+        count = 0 if self.token is None else int((tokens == self.token).sum())
+        if not count or self.pixels is None or self.grid is None:
+            return None, None, None
+        number = _covering(tuple(int(size) // self.merge for size in self.grid.prod(-1)), count)
+        seconds = None if self.seconds is None else self.seconds[:number]
+        return self.pixels[: count * self.merge], self.grid[:number], seconds
 
 
 def _covering(sizes: tuple[int, ...], total: int) -> int:
@@ -141,7 +147,7 @@ def _covering(sizes: tuple[int, ...], total: int) -> int:
         covered += sizes[count]
         count += 1
     if covered != total:
-        raise ValueError(f"{total} image tokens do not end at an image; the images have {list(sizes)}")
+        raise ValueError(f"{total} visual tokens do not end at an image or video; those have {list(sizes)}")
     return count
 
 

@@ -202,7 +202,8 @@ class SupervisedTuning(LightningModule):
         vision = self.config.vision
         if vision is None:
             return split_questions(batch, None)
-        return split_questions(batch, self.config.image_token_id, vision.spatial_merge_size**2)
+        merge = vision.spatial_merge_size**2
+        return split_questions(batch, self.config.image_token_id, merge, self.config.video_token_id)
 
     def replies(self, questions: Sequence[Question]) -> list[str]:
         """Greedy replies as text."""

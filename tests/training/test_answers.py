@@ -73,7 +73,7 @@ def test_images_that_come_after_an_answer_are_not_seen_by_it() -> None:
     assert first.pixel_values.flatten().tolist() == list(range(4))
     assert second.pixel_values.flatten().tolist() == list(range(12))
     batch["image_grid_thw"] = torch.tensor([[1, 4, 2], [1, 2, 2]])
-    with pytest.raises(ValueError, match="do not end at an image"):
+    with pytest.raises(ValueError, match="do not end at an image or video"):
         split_questions(batch, image, 4)
 
 

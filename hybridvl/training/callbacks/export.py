@@ -22,4 +22,4 @@ class ExportModel(Callback):
         save(pl_module.net, folder)
         datamodule = getattr(trainer, "datamodule", None)
         if isinstance(datamodule, ChatDataModule):
-            Processor(datamodule.chat, datamodule.images).save(folder)
+            Processor(datamodule.chat, datamodule.images, datamodule.videos).save(folder)

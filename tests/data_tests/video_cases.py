@@ -1,0 +1,29 @@
+"""What the tests of videos share: small video files made with PyAV, and an explicit way to decode them."""
+
+import av
+import numpy as np
+
+
+def write_video(path, frames=24, rate=8, size=(64, 48), codec="libx264", options=None, audio=False):
+    """A file whose frame n shows a bar at column n and a brightness that grows with n; returns the path."""
+    width, height = size
+    with av.open(str(path), "w", options=options or {}) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if audio:
+            container.add_stream("aac", rate=8000)
+        for number in range(frames):
+            pixels = np.full((height, width, 3), 8 * number % 256, dtype=np.uint8)
+            pixels[:, 2 * number % width] = 255
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+def decode_all(path):
+    """Every frame of a file as (F, H, W, 3) uint8, by way of PIL and one thread."""
+    with av.open(str(path)) as container:
+        container.streams.video[0].thread_type = "NONE"
+        return np.stack([np.asarray(frame.to_image()) for frame in container.decode(video=0)])
