@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybridvl.checkpoints.files import read_json
-from hybridvl.checkpoints.foreign import translate_config, translate_name
-from hybridvl.checkpoints.tensor_files import PICKLES, StoredTensor, TensorFiles
+from hybridvl.checkpoints.files import parse_json, read_text
+from hybridvl.checkpoints.formats import Format, find_format
+from hybridvl.checkpoints.formats.native import FORMAT_VERSION
+from hybridvl.checkpoints.tensor_files import PICKLES, TensorFiles
 from hybridvl.layers import ConfigError
 from hybridvl.models.config import ModelConfig
 
-FORMAT_VERSION = 1
+__all__ = ["EMBEDDING", "FORMAT_VERSION", "HEAD", "Checkpoint", "checkpoint_folder", "open_checkpoint", "read_config"]
+
+HEAD, EMBEDDING = "lm_head.weight", "decoder.embed_tokens.weight"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One of our tensors: which of theirs it comes from, and how."""
+
+    theirs: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[Tensor], Tensor] | None = None
 
 
 class Checkpoint:
@@ -25,44 +40,79 @@ class Checkpoint:
     Attributes:
         folder: where it lies.
         config: the model's configuration.
-        names: the tensors, under our names.
+        config_text: config.json as it is.
+        format: whose folder it is.
+        files: the tensors as they lie in the files.
+        names: the tensors, under our names; what the format has no place for keeps its own name.
+        tied_head: the files' name of a head that is stored although it is tied to the embedding; not among `names`.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"{folder}: holds no config.json; expected a checkpoint folder")
-        self._files = TensorFiles(folder)
-        self.config, values = _read_config(folder, list(self._files.stored))
-        own = "pattern" in values
-        self._theirs = {name if own else translate_name(name, values, str(folder)): name for name in self._files.stored}
+        self.config_text, values, self.format = _open_config(folder)
+        self.files = TensorFiles(folder)
+        place = str(folder / "config.json")
+        self.config = _configuration(self.format, values, lambda: self.files.stored, place)
+        self._entries: dict[str, _Entry] = {}
+        for theirs in self.files.stored:
+            self._add(theirs)
+        self.tied_head: str | None = None
+        if self.config.tie_embeddings and HEAD in self._entries:
+            self.tied_head = self._entries.pop(HEAD).theirs
 
     @property
     def names(self) -> list[str]:
         """Our names of all tensors."""
-        return list(self._theirs)
+        return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, by our name."""
-        return self._stored(name).shape
+        return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Saved dtype of a tensor, by our name."""
-        return self._stored(name).dtype
+        return self._entry(name).dtype
 
     def tensor(self, name: str) -> Tensor:
         """A tensor on the CPU, by our name, mapped from the file: its values are read when they are used."""
-        self._stored(name)
-        return self._files.tensor(self._theirs[name])
+        entry = self._entry(name)
+        tensor = self.files.tensor(entry.theirs)
+        return tensor if entry.make is None else entry.make(tensor)
+
+    def spelled(self, name: str) -> str:
+        """What the files call one of our tensors, or would."""
+        return self._entries[name].theirs if name in self._entries else self.format.theirs(name)
+
+    def ours(self) -> dict[str, str] | None:
+        """Our name of every tensor of the files; None if some are not the same tensors as ours."""
+        if any(entry.make is not None for entry in self._entries.values()):
+            return None
+        head = {} if self.tied_head is None else {self.tied_head: EMBEDDING}
+        return {entry.theirs: name for name, entry in self._entries.items()} | head
 
     def release(self) -> None:
         """Unmap the files, except what tensors in use hold on to."""
-        self._files.release()
+        self.files.release()
 
-    def _stored(self, name: str) -> StoredTensor:
-        if name not in self._theirs:
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
             raise ConfigError(f"{self.folder}: holds no tensor {name}")
-        return self._files.stored[self._theirs[name]]
+        return self._entries[name]
+
+    def _add(self, theirs: str) -> None:
+        stored = self.files.stored[theirs]
+        for piece in self.format.pieces(self.config, theirs):
+            if stored.shape != piece.whole:
+                raise ConfigError(f"{stored.file}: {theirs} has shape {stored.shape}, expected {piece.whole}")
+            made = piece.make(torch.empty(stored.shape, dtype=stored.dtype, device="meta"))
+            self._place(piece.ours, _Entry(theirs, tuple(made.shape), made.dtype, piece.make))
+        if not self.format.pieces(self.config, theirs):
+            self._place(self.format.ours(theirs) or theirs, _Entry(theirs, stored.shape, stored.dtype))
+
+    def _place(self, name: str, entry: _Entry) -> None:
+        if name in self._entries:
+            raise ConfigError(f"{self.folder}: {self._entries[name].theirs} and {entry.theirs} are the same tensor")
+        self._entries[name] = entry
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -70,7 +120,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(checkpoint_folder(path))
 
 
+def read_config(path: str | Path) -> ModelConfig:
+    """The configuration of the model in a folder, from config.json and, where that leaves it open whether the head is
+    tied, the tensors' names."""
+    folder = checkpoint_folder(path)
+    _, values, format = _open_config(folder)
+    return _configuration(format, values, lambda: TensorFiles(folder).stored, str(folder / "config.json"))
+
+
 def checkpoint_folder(path: str | Path) -> Path:
+    """A folder that is there, or that the hub's files are in; ConfigError says how to get them."""
     folder = Path(path)
     if folder.is_dir():
         return folder
@@ -87,20 +146,33 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download  # lazily: only hub ids need it
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"]))
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors or ValueErrors
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{hub_id}: no such folder, and not to be had from the hub: {reason}") from error
+        local = hub_id.split("/")[1]
+        raise ConfigError(
+            f"{hub_id}: no such folder, and not to be had from the hub: {reason}; where there is a network, run "
+            f"`hf download {hub_id} --local-dir {local}`, then give the folder {local}"
+        ) from error
 
 
-def _read_config(folder: Path, tensor_names: list[str]) -> tuple[ModelConfig, dict[str, Any]]:
-    """Our configuration, and what config.json says."""
+def _open_config(folder: Path) -> tuple[str, dict[str, Any], Format]:
+    """config.json as text and as values, and the format that it is in."""
     place = folder / "config.json"
-    values = read_json(place)
-    if "pattern" not in values:
-        return translate_config(values, tensor_names, str(place)), values
-    version = values.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ConfigError(f"{place}: format_version {version!r}; expected {FORMAT_VERSION}")
-    own = {key: value for key, value in values.items() if key != "format_version"}
-    return ModelConfig.from_dict(own, str(place)), values
+    if not place.is_file():
+        raise ConfigError(f"{folder}: holds no config.json; expected a checkpoint folder")
+    text = read_text(place)
+    values = parse_json(text, place)
+    return text, values, find_format(values, str(place))
+
+
+def _configuration(
+    format: Format, values: dict[str, Any], names: Callable[[], Iterable[str]], place: str
+) -> ModelConfig:
+    tied = format.read_tied(values)
+    if tied is None:
+        tied = all(format.ours(name) != HEAD for name in names())
+    try:
+        return format.read_config(values, bool(tied), place)
+    except (TypeError, AttributeError) as error:  # a list or text where a number or an object belongs
+        raise ConfigError(f"{place}: a value is of the wrong kind: {error}") from error

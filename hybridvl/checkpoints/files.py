@@ -1,25 +1,31 @@
-"""Files of a checkpoint folder that are read as JSON and written atomically."""
+"""Files of a checkpoint folder: JSON read with clear errors, and several files replaced together."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from hybridvl.layers import ConfigError
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; anything else is a ConfigError."""
+def read_text(path: Path) -> str:
+    """A UTF-8 file as it is, line ends too; ConfigError if it cannot be read."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes().decode("utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8: {error}") from error
+
+
+def parse_json(text: str, path: Path) -> dict[str, Any]:
+    """The object that `text`, read from `path`, holds."""
+    try:
+        values = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(values, dict):
@@ -27,29 +33,36 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def write_json(values: Mapping[str, Any], path: Path) -> None:
-    """Write an object as JSON; a failure leaves an older file as it was."""
-    text = json.dumps(values, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def write_files(folder: Path, files: Mapping[str, Callable[[Path], object]], stale: Iterable[str] = ()) -> None:
+    """Replace files of a folder: each is filled by its function under another name first, then all get their names.
 
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in the place of `path`.
-
-    The data reach the disk before the name does. Raises ConfigError when that fails; `path` then is as it was.
+    The data reach the disk before the names do, and `stale` files go last. Raises ConfigError when anything cannot be
+    written; all files then are as they were.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
+    current = folder / next(iter(files))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise ConfigError(f"{path}: cannot be written: {reason}") from error
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, write in files.items():
+            current = folder / name
+            write(temporary[name])
+            _flush(temporary[name])
+        for name, path in temporary.items():
+            current = folder / name
+            os.replace(path, current)
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
+        _flush(folder)
+    except OSError as error:
+        for path in temporary.values():
+            with contextlib.suppress(OSError):
+                path.unlink()
+        raise ConfigError(f"{current}: cannot be written: {error.strerror or error}") from error
+
+
+def text_writer(text: str) -> Callable[[Path], object]:
+    """A function for `write_files` that writes a text."""
+    return lambda path: path.write_bytes(text.encode("utf-8"))
 
 
 def _flush(path: Path) -> None:

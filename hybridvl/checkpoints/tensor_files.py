@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hybridvl.checkpoints.files import read_json
+from hybridvl.checkpoints.files import parse_json, read_text
 from hybridvl.layers import ConfigError
 
 WEIGHTS = "model.safetensors"
@@ -58,9 +58,8 @@ class TensorFiles:
     def __init__(self, folder: Path) -> None:
         self.stored: dict[str, StoredTensor] = {}
         self.headers: dict[str, bytes] = {}
-        self.index: str | None = None
         self._readers: dict[Path, Any] = {}
-        listed = self._listed(folder)
+        listed, self.index = _listed(folder)
         for file in listed:
             self._add(file)
         if self.index is not None:
@@ -80,25 +79,9 @@ class TensorFiles:
         """Unmap the files, except what tensors in use hold on to."""
         self._readers.clear()
 
-    def _listed(self, folder: Path) -> list[Path]:
-        if (folder / WEIGHTS).is_file():
-            return [folder / WEIGHTS]
-        if (folder / INDEX).is_file():
-            names = read_json(folder / INDEX).get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-                raise ConfigError(f"{folder / INDEX}: expected 'weight_map', an object of tensor names to file names")
-            self.index = (folder / INDEX).read_text(encoding="utf-8")
-            return [folder / name for name in sorted(set(names.values()))]
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-        if pickles:
-            raise ConfigError(
-                f"{folder}: holds {', '.join(pickles)} but no {WEIGHTS}; pickles can run any code and are never "
-                "loaded, expected safetensors"
-            )
-        raise ConfigError(f"{folder}: holds no weights; expected {WEIGHTS} or {INDEX}")
-
     def _add(self, file: Path) -> None:
-        with _explained(file), safe_open(file, framework="pt"):  # opening checks the header against the file's size
+        with _explained(file):
+            safe_open(file, framework="pt")  # checks the header against the file's size
             header = _header(file)
         self.headers[file.name] = header
         for name, entry in json.loads(header[8:]).items():
@@ -109,6 +92,26 @@ class TensorFiles:
             if entry["dtype"] not in DTYPES:
                 raise ConfigError(f"{file}: {name} has dtype {entry['dtype']}; expected one of {', '.join(DTYPES)}")
             self.stored[name] = StoredTensor(file, tuple(entry["shape"]), DTYPES[entry["dtype"]])
+
+
+def _listed(folder: Path) -> tuple[list[Path], str | None]:
+    """The safetensors files of a folder, and the text of its index if there is one."""
+    place = folder / INDEX
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS], None
+    if place.is_file():
+        text = read_text(place)
+        names = parse_json(text, place).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+            raise ConfigError(f"{place}: expected 'weight_map', an object of tensor names to file names")
+        return [folder / name for name in sorted(set(names.values()))], text
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if pickles:
+        raise ConfigError(
+            f"{folder}: holds {', '.join(pickles)} but no {WEIGHTS}; pickles can run any code and are never loaded, "
+            "expected safetensors"
+        )
+    raise ConfigError(f"{folder}: holds no weights; expected {WEIGHTS} or {INDEX}")
 
 
 def _header(file: Path) -> bytes:

@@ -125,15 +125,15 @@ def test_published_configs_without_the_optional_fields(tmp_path: Path) -> None:
 
 
 def translated(values: dict[str, object]) -> ModelConfig:
-    from hybridvl.checkpoints.foreign import translate_config
+    from hybridvl.checkpoints.formats import find_format
 
-    return translate_config(values, ["model.embed_tokens.weight"], "place")
+    return find_format(values, "place").read_config(values, True, "place")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "place: model_type 'llama'; expected one of qwen2_5_vl"),
+        ({"model_type": "llama"}, "place: model_type 'llama'; expected one of hybridvl, qwen2_5_vl"),
         ({"hidden_act": "gelu"}, "place: hidden_act 'gelu'; expected 'silu'"),
         ({"layer_types": ["full_attention"]}, "place: 1 layer_types; expected num_hidden_layers = 4"),
         ({"layer_types": ["conv"] * 4}, r"place: layer_types \['conv'\]; expected full_attention"),
@@ -228,14 +228,17 @@ def test_hub_ids(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def download(hub_id: str, allow_patterns: list[str]) -> str:
         asked.append(hub_id)
-        assert all(pattern in ("*.json", "*.safetensors") for pattern in allow_patterns)
+        assert all(pattern in ("*.json", "*.safetensors", "*.txt", "*.jinja") for pattern in allow_patterns)
         if hub_id.endswith("none"):
             raise LocalEntryNotFoundError("offline\nlong explanation")
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert hybridvl.load("some-org/some.model").pattern == "swa gdn"
-    with pytest.raises(ConfigError, match=r"^some-org/none: no such folder, and not to be had from the hub: offline$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^some-org/none: no such folder, .* hub: offline; .* `hf download some-org/none --local-dir none`",
+    ):
         hybridvl.load("some-org/none")
     monkeypatch.chdir(folder.parent)
     with pytest.raises(ConfigError, match="saved/none: no such folder; expected"):

@@ -1,0 +1,93 @@
+"""Mamba2 language models as transformers writes them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from hybridvl.checkpoints.formats.base import Format, Names, Values
+from hybridvl.checkpoints.formats.layer_kinds import first_of, layers_of
+from hybridvl.checkpoints.formats.values import number, require, whole
+from hybridvl.layers import ConfigError
+from hybridvl.layers.mamba2 import Mamba2Config
+from hybridvl.models.config import ModelConfig
+
+# Our option, their key, the default when the key is left out.
+_OPTIONS: tuple[tuple[str, str, Any], ...] = (
+    ("expand", "expand", 2),
+    ("head_dim", "head_dim", 64),
+    ("state_dim", "state_size", 128),
+    ("groups", "n_groups", 8),
+    ("conv_width", "conv_kernel", 4),
+    ("conv_bias", "use_conv_bias", True),
+    ("proj_bias", "use_bias", False),
+    ("norm_eps", "layer_norm_epsilon", 1e-5),
+)
+
+
+def _read_config(values: Values, tied: bool, place: str) -> ModelConfig:
+    options = {ours: values.get(theirs, default) for ours, theirs, default in _OPTIONS}
+    width, head_dim = whole(values, "hidden_size", place), whole({"head_dim": 64, **values}, "head_dim", place)
+    if head_dim < 1:
+        raise ConfigError(f"{place}: head_dim {head_dim}; expected at least 1")
+    require(values, "num_heads", width * whole({"expand": 2, **values}, "expand", place) // head_dim, place)
+    require(values, "rms_norm", True, place)
+    require(values, "hidden_act", "silu", place)
+    low, high = (number(limit) for limit in values.get("time_step_limit", (0.0, math.inf)))
+    if low > 0 or high < math.inf:
+        raise ConfigError(f"{place}: time_step_limit {[low, high]}; expected no limit, [0, Infinity]")
+    return ModelConfig(
+        pattern=" ".join(["mamba2"] * whole(values, "num_hidden_layers", place)),
+        mixers={"mamba2": options},
+        width=width,
+        mlp_width=0,
+        vocab_size=whole(values, "vocab_size", place),
+        tie_embeddings=tied,
+        norm_eps=options["norm_eps"],
+    )
+
+
+def _write_config(config: ModelConfig) -> dict[str, Any]:
+    layers = layers_of(config, "mamba2", {Mamba2Config: "mamba2"})
+    if config.vision is not None:
+        raise ConfigError("format 'mamba2': the model has a vision tower, which it cannot express; expected none")
+    options = first_of(layers, Mamba2Config())
+    return {
+        "architectures": ["Mamba2ForCausalLM"],
+        **{theirs: getattr(options, ours) for ours, theirs, _ in _OPTIONS},
+        "hidden_act": "silu",
+        "hidden_size": config.width,
+        "initializer_range": config.init_std,
+        "model_type": "mamba2",
+        "num_heads": options.heads(config.width),
+        "num_hidden_layers": len(layers),
+        "residual_in_fp32": True,
+        "rms_norm": True,
+        "tie_word_embeddings": config.tie_embeddings,
+        "time_step_limit": [0.0, {"__float__": "Infinity"}],
+        "vocab_size": config.vocab_size,
+    }
+
+
+MAMBA2 = Format(
+    name="mamba2",
+    model_types=("mamba2",),
+    spellings=(
+        Names(
+            ("decoder.embed_tokens.", "backbone.embeddings."),
+            ("decoder.layers.{n}.mixer_norm.", "backbone.layers.{n}.norm."),
+            ("decoder.layers.{n}.mixer.", "backbone.layers.{n}.mixer."),
+            ("decoder.norm.", "backbone.norm_f."),
+            ("lm_head.", "lm_head."),
+        ),
+    ),
+    read_config=_read_config,
+    write_config=_write_config,
+    ignored=frozenset(
+        {
+            *("rope_theta", "rope_sections", "tokens_per_second", "video_convention"),
+            *("image_token_id", "video_token_id", "vision_start_token_id"),
+        }
+    ),
+    dtype_key="dtype",
+)

@@ -1,0 +1,130 @@
+"""Models loaded from checkpoints: every tensor accounted for, mapped from the files, never in memory twice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hybridvl.checkpoints.checkpoint import EMBEDDING, Checkpoint, open_checkpoint
+from hybridvl.checkpoints.comparison import check_same_model
+from hybridvl.checkpoints.origin import remember_origin
+from hybridvl.layers import ConfigError
+from hybridvl.models.vlm import VisionLanguageModel
+
+_LISTED = 8  # tensors that an error message names for each kind of mistake
+_PIECE = 1 << 22  # numbers looked at together when a tensor is checked
+_RELEASED = 1 << 28  # bytes that are copied out of mapped files before these are unmapped
+_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> VisionLanguageModel:
+    """The model in a folder, or of a Hugging Face hub id ("org/name"), in eval mode.
+
+    Folders: our own (`save`), Qwen2.5-VL, InfiniteVL, Mamba2, and decoders of Qwen3-Next and OLMo-Hybrid that are
+    Gated DeltaNet alone; safetensors, sharded or not. dtype: of the parameters, None keeps the saved one (what a mixer
+    keeps in float32 stays so). On the CPU in the saved dtype the parameters are mapped from the files.
+
+    Raises ConfigError for a missing or damaged checkpoint, for pickles, for NaN or infinite weights, and unless every
+    tensor of the model is in the folder with its shape and none is left over.
+    """
+    checkpoint = open_checkpoint(path)
+    with torch.device("meta"):
+        model = VisionLanguageModel(checkpoint.config)
+    _check_tensors(checkpoint, model)
+    target = torch.device(device)
+    dtypes = _target_dtypes(checkpoint, model, dtype)
+    mapped = target.type == "cpu" and all(checkpoint.dtype(name) == dtype for name, dtype in dtypes.items())
+    tensors: dict[str, Tensor] = {}
+    copied = 0
+    for name, wanted in dtypes.items():
+        tensor = _finite(checkpoint, name)
+        tensors[name] = tensor if mapped else tensor.to(device=target, dtype=wanted, copy=True)
+        copied += 0 if mapped else tensor.nbytes
+        if copied > _RELEASED:
+            del tensor
+            checkpoint.release()
+            copied = 0
+    model.load_state_dict(tensors, assign=True)
+    remember_origin(model, checkpoint)
+    checkpoint.release()
+    return model.eval()
+
+
+def load_weights(model: VisionLanguageModel, path: str | Path) -> None:
+    """Copy a folder's weights into a model of the same configuration; ConfigError says which layers differ.
+
+    The model is as it was after any error.
+    """
+    checkpoint = open_checkpoint(path)
+    check_same_model(checkpoint.config, model.config, str(checkpoint.folder))
+    _check_tensors(checkpoint, model)
+    model.load_state_dict({name: _finite(checkpoint, name) for name in checkpoint.names})
+
+
+def _check_tensors(checkpoint: Checkpoint, model: VisionLanguageModel) -> None:
+    """Every tensor of the model must be there with its shape, in floating point, and no other."""
+    own, found = model.state_dict(), checkpoint.names
+    shapes = [
+        f"{checkpoint.spelled(name)} has shape {checkpoint.shape(name)}, expected {tuple(own[name].shape)}"
+        for name in found
+        if name in own and checkpoint.shape(name) != tuple(own[name].shape)
+    ]
+    dtypes = [
+        f"{checkpoint.spelled(name)} has dtype {checkpoint.dtype(name)}, expected a floating-point one"
+        for name in found
+        if name in own and checkpoint.dtype(name) not in _WEIGHT_DTYPES
+    ]
+    missing = _listed("missing", (checkpoint.spelled(name) for name in own if name not in set(found)))
+    left = _listed("left over", (checkpoint.spelled(name) for name in found if name not in own))
+    problems = [*missing, *left, *_cut(shapes), *_cut(dtypes)]
+    if problems:
+        raise ConfigError(
+            f"{checkpoint.folder}: weights do not fit the configuration beside them: {'; '.join(problems)}"
+        )
+    if checkpoint.tied_head is not None:
+        head, embedding = checkpoint.files.tensor(checkpoint.tied_head), checkpoint.tensor(EMBEDDING)
+        if not torch.equal(head, embedding):
+            raise ConfigError(
+                f"{checkpoint.folder}: {checkpoint.tied_head} differs from the embedding, though config.json ties "
+                "them; expected equal tensors, or tie_word_embeddings false"
+            )
+
+
+def _target_dtypes(
+    checkpoint: Checkpoint, model: VisionLanguageModel, dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """Every parameter's dtype once loaded: the modules decide, on tensors without values, what to keep in float32."""
+    blank = {
+        name: torch.empty(checkpoint.shape(name), dtype=checkpoint.dtype(name), device="meta")
+        for name in checkpoint.names
+    }
+    model.load_state_dict(blank, assign=True)
+    model.to(dtype=dtype)
+    own = model.state_dict()
+    return {name: own[name].dtype for name in checkpoint.names}
+
+
+def _finite(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor, looked through piece by piece, which copies nothing."""
+    tensor = checkpoint.tensor(name)
+    for piece in tensor.flatten().split(_PIECE):
+        if len(piece) and not all(bound.isfinite() for bound in torch.aminmax(piece)):
+            place = f"{checkpoint.folder}: {checkpoint.spelled(name)}"
+            raise ConfigError(f"{place} holds NaN or infinite numbers; expected finite weights")
+    return tensor
+
+
+def _listed(what: str, names: Iterable[str]) -> list[str]:
+    ordered = sorted(names)
+    if not ordered:
+        return []
+    more = f" and {len(ordered) - _LISTED} more" if len(ordered) > _LISTED else ""
+    return [f"{what}: {', '.join(ordered[:_LISTED])}{more}"]
+
+
+def _cut(problems: list[str]) -> list[str]:
+    more = len(problems) - _LISTED
+    return [*problems[:_LISTED], *([f"and {more} more"] if more > 0 else [])]
