@@ -98,7 +98,13 @@ class ImageProcessor:
         return self.patches(self.pixels(image, height, width)[None])
 
     def pixels(self, image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
-        """(height, width, C) uint8: the image in the processor's colours, resized bicubically where it must be."""
+        """(height, width, C) uint8: the image in the processor's colours, resized bicubically where it must be.
+
+        What is transparent is seen on white, as in qwen-vl-utils and in transformers from 5.23 on.
+        """
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
         image = image.convert("RGB" if self.config.channels == 3 else "L")
         if (height, width) != (image.height, image.width):
             image = image.resize((width, height), Image.Resampling.BICUBIC)

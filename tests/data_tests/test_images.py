@@ -44,6 +44,38 @@ def test_recorded_sizes(recorded):
         assert smart_resize(height, width, 28, low, high) == (new_height, new_width)
 
 
+@pytest.fixture(scope="module")
+def published():
+    """transformers' image processor, in the version that needs no torchvision."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    return Qwen2VLImageProcessorPil
+
+
+@given(
+    st.integers(4, 300),
+    st.integers(4, 300),
+    st.sampled_from([(3136, 12845056), (3136, 20000), (50000, 60000), (400, 3000)]),
+    st.sampled_from([(14, 2, 2), (16, 1, 2), (7, 2, 3)]),
+    st.sampled_from(["RGB", "L", "RGBA", "P"]),
+    st.integers(0, 2**32 - 1),
+)
+@settings(deadline=None, max_examples=25)
+def test_equals_transformers_image_processor(published, height, width, limits, sizes, mode, seed):
+    patch, frames, merge = sizes
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 4), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    theirs = published(
+        size={"shortest_edge": limits[0], "longest_edge": limits[1]},
+        patch_size=patch,
+        temporal_patch_size=frames,
+        merge_size=merge,
+    )(image, return_tensors="pt")
+    rows, grid = ImageProcessor(ImageConfig(patch, frames, merge, *limits))(image)
+    assert list(grid) == theirs["image_grid_thw"][0].tolist()
+    torch.testing.assert_close(rows, theirs["pixel_values"], rtol=0, atol=1e-5)
+
+
 @given(st.integers(1, 600), st.integers(1, 600), st.sampled_from([8, 14, 16, 28]))
 def test_sizes_are_multiples_within_the_limits(height, width, factor):
     if max(height, width) > 200 * min(height, width):

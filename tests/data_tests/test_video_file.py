@@ -1,0 +1,91 @@
+"""Tests of hybridvl.data.video_file: every frame of whole files, and what is said of files that are not whole."""
+
+import shutil
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from video_cases import decode_all, write_video
+
+from hybridvl.data.video_file import VideoFile
+from hybridvl.layers import ConfigError
+
+FASTSTART = {"movflags": "faststart"}
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("a.mp4", "libx264", None),
+        ("b.mp4", "mpeg4", FASTSTART),
+        ("c.mkv", "libx264", None),
+        ("d.webm", "libvpx", None),
+        ("e.avi", "mpeg4", None),
+        ("f.ts", "libx264", None),
+    ],
+)
+def test_whole_files(tmp_path, name, codec, options):
+    path = write_video(tmp_path / name, 30, 15, codec=codec, options=options)
+    whole = decode_all(path)
+    for source in (path, str(path), path.read_bytes()):
+        file = VideoFile(source)
+        assert (file.frames, file.rate) == (30, 15.0)
+        np.testing.assert_array_equal(np.stack(list(file.read([0, 3, 3, 17, 29]))), whole[[0, 3, 3, 17, 29]])
+    assert list(VideoFile(path).read([])) == []
+
+
+def test_sound_beside_the_video_does_not_matter(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 30, 15, audio=True)
+    assert VideoFile(path).frames == 30
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "b.mkv", "c.webm", "d.avi", "fast.mp4"])
+@pytest.mark.parametrize("part", [0.01, 0.3, 0.6])
+def test_truncated_files_are_named(tmp_path, name, part):
+    codec = {"c.webm": "libvpx", "d.avi": "mpeg4"}.get(name, "libx264")
+    path = write_video(tmp_path / name, 100, 25, codec=codec, options=FASTSTART if name == "fast.mp4" else None)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
+    with pytest.raises(ConfigError, match=rf"row 3: video .*{name} cannot be read: "):
+        VideoFile(path, "row 3")
+
+
+def test_damaged_frames_are_named(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 100, 25, codec="mpeg4", options=FASTSTART, size=(320, 240))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"clip: video .*a\.mp4 cannot be read: "):
+        list(VideoFile(path, "clip").read(range(100)))
+
+
+def test_what_is_no_video_is_named(tmp_path):
+    image = Image.new("RGB", (64, 64))
+    image.save(tmp_path / "picture.png")
+    image.save(tmp_path / "picture.jpg")
+    shutil.copy(tmp_path / "picture.jpg", tmp_path / "picture.mp4")
+    (tmp_path / "text.txt").write_text("no video " * 100)
+    (tmp_path / "text.mp4").write_text("no video " * 100)
+    (tmp_path / "zeros.mp4").write_bytes(bytes(4096))
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 8000
+        for packet in [*stream.encode(sound), *stream.encode()]:
+            container.mux(packet)
+    for file in sorted(tmp_path.iterdir()):
+        with pytest.raises(ConfigError, match=rf"video .*{file.name} cannot be read: (it holds no video|Invalid data)"):
+            VideoFile(file)
+
+
+def test_missing_and_empty_files_are_named(tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    for source, reason in (
+        (tmp_path / "empty.mp4", r"empty\.mp4 cannot be read: it is empty"),
+        (tmp_path / "gone.mp4", r"gone\.mp4 cannot be read: no such file"),
+        (tmp_path, "cannot be read: no such file"),
+        (b"", "video of 0 bytes cannot be read: it is empty"),
+        (b"abc", "video of 3 bytes cannot be read: "),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            VideoFile(source)
