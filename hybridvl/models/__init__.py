@@ -2,7 +2,7 @@
 
 from hybridvl.models.config import ModelConfig, VisionConfig
 from hybridvl.models.decoder import ModelState
-from hybridvl.models.generation import Sampling
+from hybridvl.models.sampling import Sampling
 from hybridvl.models.vlm import ModelOutput, VisionLanguageModel
 
 __all__ = [

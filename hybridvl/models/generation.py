@@ -11,47 +11,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridvl.layers import ConfigError
+from hybridvl.models.sampling import Sampler, Sampling, seen_tokens
 
 if TYPE_CHECKING:
     from hybridvl.models.decoder import ModelState
     from hybridvl.models.vlm import VisionLanguageModel
 
+__all__ = ["PREFILL_CHUNK", "GenerationStep", "Sampling", "check_request", "decode_step", "generate", "prefill"]
+
 PREFILL_CHUNK = 2048
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Attributes:
-        temperature: 0 takes the most likely token; otherwise logits are divided by it and a token is drawn.
-        top_p: draw among the most likely tokens that together reach this probability; 1 draws among all.
-        seed: seed of the draws; None draws from torch's global generator.
-        stop_ids: tokens that end a row.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop_ids: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigError(f"temperature: {self.temperature}; expected 0 (greedy) or a number above 0")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p: {self.top_p}; expected a number above 0, at most 1")
+"""Prompt tokens that go through the layers at a time, unless a call says otherwise."""
 
 
 @dataclass(frozen=True)
 class GenerationStep:
     """One decoded position of all rows.
 
-    tokens: (B,) int64. logits: (B, vocab) they were chosen from. finished: (B,) bool, rows that hold a stop token.
+    tokens: (B,) int64. logits: (B, vocab) as the model gave them. scores: (B, vocab), the logits after penalty,
+    temperature, top-k and top-p, from which `tokens` were chosen. finished: (B,) bool, rows that hold a stop token.
     state: the model's state before it has seen `tokens`; clone it to go on elsewhere.
     """
 
     tokens: Tensor
     logits: Tensor
+    scores: Tensor
     finished: Tensor
     state: ModelState
 
@@ -65,30 +48,38 @@ def generate(
     max_new_tokens: int = 16,
     sampling: Sampling | None = None,
     state: ModelState | None = None,
+    chunk: int = PREFILL_CHUNK,
+    input_ids: Tensor | None = None,
 ) -> Iterator[GenerationStep]:
     """Decode after a prompt of embeddings (B, T, D) at positions (3, B, T), both as `VisionLanguageModel` makes them.
 
     attention_mask: (B, T), nonzero at real tokens; every row needs one. state: what came before the prompt; a fresh
-    one by default. Ends after max_new_tokens steps, or when every row has met a stop token; finished rows repeat it.
+    one by default. chunk: prompt tokens per call of the layers; any number gives the same result. input_ids: (B, T)
+    tokens of the prompt, needed with a repetition penalty. Ends after max_new_tokens steps, or when every row has met
+    a stop token; finished rows repeat it. `VisionLanguageModel.steps` is the same from tokens and pictures.
     """
-    if max_new_tokens < 0:
-        raise ConfigError(f"max_new_tokens: {max_new_tokens}; expected at least 0")
     sampling = sampling or Sampling()
+    check_request(max_new_tokens, chunk)
+    seen = None
+    if sampling.repetition_penalty != 1:
+        if input_ids is None:
+            raise ConfigError("input_ids: None; expected the prompt's tokens, which repetition_penalty counts")
+        seen = seen_tokens(input_ids, attention_mask, model.config.vocab_size)
     state = model.init_state(embeds.shape[0], embeds.device, embeds.dtype) if state is None else state
     if max_new_tokens == 0:
         return
-    generator = None
-    if sampling.seed is not None:
-        generator = torch.Generator(embeds.device).manual_seed(sampling.seed)
-    hidden = prefill(model, embeds, position_ids, attention_mask, state)
+    sampler = Sampler(sampling, seen, embeds.device)
+    hidden = prefill(model, embeds, position_ids, attention_mask, state, chunk)
     stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=embeds.device)
     tokens, finished = None, None
     for step in range(max_new_tokens):
         logits = F.linear(hidden, model.lm_head_weight)  # (B, vocab)
-        chosen = _choose(logits, sampling, generator)
+        scores = sampler.scores(logits)
+        chosen = sampler.choose(scores)
         tokens = chosen if tokens is None or finished is None else torch.where(finished, tokens, chosen)
+        sampler.remember(tokens)
         finished = torch.isin(tokens, stop_ids)
-        yield GenerationStep(tokens, logits, finished, state)
+        yield GenerationStep(tokens, logits, scores, finished, state)
         if step == max_new_tokens - 1 or (sampling.stop_ids and bool(finished.all())):
             return
         hidden = decode_step(model, tokens, state)
@@ -104,6 +95,7 @@ def prefill(
     chunk: int = PREFILL_CHUNK,
 ) -> Tensor:
     """Feed a prompt into the state, `chunk` tokens at a time; the hidden state (B, D) of each row's last real token."""
+    check_request(0, chunk)
     rows, length = embeds.shape[:2]
     last = torch.full((rows,), length - 1, device=embeds.device)
     if attention_mask is not None:
@@ -134,13 +126,9 @@ def decode_step(model: VisionLanguageModel, tokens: Tensor, state: ModelState) -
     return model.run_decoder(embeds, positions, state=state).squeeze(1)
 
 
-def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits.float() / sampling.temperature).softmax(-1)
-    if sampling.top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # the first token past top_p is still kept
-        kept = ordered.masked_fill(before >= sampling.top_p, 0)
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, kept)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+def check_request(max_new_tokens: int, chunk: int) -> None:
+    """Raise ConfigError unless so many tokens can be asked for, and a prompt cut like this."""
+    if max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens: {max_new_tokens}; expected at least 0")
+    if chunk < 1:
+        raise ConfigError(f"chunk: {chunk}; expected at least 1")

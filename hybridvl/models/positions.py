@@ -216,12 +216,15 @@ class _Visuals:
 
     def _times(self, kind: str, frames: int) -> Tensor:
         index = torch.arange(frames, device="cpu")
+        whole = self.rules.video_convention == "v457"
         if kind == "image":
-            return index
+            return torch.zeros_like(index) if whole else index  # a still image has one frame, where both agree
         seconds = float(next(self.seconds))
-        if self.rules.video_convention == "v457":
-            seconds = float(int(seconds))
-        return (index * seconds * self.rules.tokens_per_second).to(torch.int64)
+        rate = self.rules.tokens_per_second
+        if whole:
+            return ((index * int(seconds)).float() * rate).to(torch.int64)
+        # In float32, the interval first: times that are nearly whole numbers must be cut as transformers cuts them.
+        return (index * torch.tensor(seconds * rate, dtype=torch.float32, device="cpu")).to(torch.int64)
 
 
 def _filler(rules: PositionRules) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from hybridvl.layers import ConfigError, MixerConfig, Sequence
 from hybridvl.models.config import ModelConfig
 from hybridvl.models.decoder import Decoder, ModelState
-from hybridvl.models.generation import Sampling, generate
+from hybridvl.models.generation import PREFILL_CHUNK, GenerationStep, generate
 from hybridvl.models.positions import (
     PositionRules,
     VisualGrids,
@@ -22,6 +24,7 @@ from hybridvl.models.positions import (
     row_ends,
     row_lengths,
 )
+from hybridvl.models.sampling import Sampling
 from hybridvl.models.vision import VisionTower
 from hybridvl.pattern import parse_pattern
 
@@ -70,7 +73,7 @@ class VisionLanguageModel(nn.Module):
             config.activation_checkpointing,
         )
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
-        self.apply(self._init_weights)
+        self.apply(partial(init_weights, std=config.init_std))
 
     @property
     def num_params(self) -> int:
@@ -159,7 +162,6 @@ class VisionLanguageModel(nn.Module):
         ends = row_ends(positions, attention_mask, cu_seqlens)
         return positions, (ends - row_lengths(input_ids, counted, cu_seqlens)).unsqueeze(1)
 
-    @torch.no_grad()
     def generate(
         self,
         input_ids: Tensor,
@@ -172,17 +174,58 @@ class VisionLanguageModel(nn.Module):
         video_grid_thw: Tensor | None = None,
         second_per_grid_ts: Tensor | None = None,
         sampling: Sampling | None = None,
+        chunk: int = PREFILL_CHUNK,
     ) -> Tensor:
         """(B, T + new) tokens: input_ids and what follows, greedily unless `sampling` says otherwise.
 
-        Rows that reached a stop token are filled with it; generation ends early when all rows have.
+        chunk: prompt tokens per call of the layers; the result does not depend on it. Rows that reached a stop token
+        are filled with it; generation ends early when all rows have.
         """
+        steps = self.steps(
+            input_ids,
+            max_new_tokens,
+            attention_mask,
+            position_ids,
+            pixel_values,
+            image_grid_thw,
+            pixel_values_videos,
+            video_grid_thw,
+            second_per_grid_ts,
+            sampling,
+            chunk,
+        )
+        return torch.cat([input_ids, *(step.tokens.unsqueeze(1) for step in steps)], dim=1)
+
+    @torch.no_grad()
+    def steps(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 16,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        second_per_grid_ts: Tensor | None = None,
+        sampling: Sampling | None = None,
+        chunk: int = PREFILL_CHUNK,
+    ) -> Iterator[GenerationStep]:
+        """What `generate` does, token by token: an iterator whose first step includes the prefill."""
         embeds = self.embed(input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         if position_ids is None:
             grids = VisualGrids(image_grid_thw, video_grid_thw, second_per_grid_ts)
             position_ids = self._positions(input_ids, grids, attention_mask, None, None)
-        steps = generate(self, embeds, position_ids, attention_mask, max_new_tokens, sampling or Sampling())
-        return torch.cat([input_ids, *(step.tokens.unsqueeze(1) for step in steps)], dim=1)
+        return generate(
+            self,
+            embeds,
+            position_ids,
+            attention_mask,
+            max_new_tokens,
+            sampling,
+            chunk=chunk,
+            input_ids=input_ids,
+        )
 
     def embed(
         self,
@@ -254,12 +297,16 @@ class VisionLanguageModel(nn.Module):
         _check_count(kind, token, len(places), len(features))
         return embeds.flatten(0, 1).index_copy(0, places, features).view_as(embeds)
 
-    def _init_weights(self, module: nn.Module) -> None:
-        # Only what every model has in common: a mixer initialises its own special parameters.
-        if isinstance(module, nn.Linear | nn.Embedding | nn.Conv3d):
-            nn.init.normal_(module.weight, std=self.config.init_std)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+
+def init_weights(module: nn.Module, std: float) -> None:
+    """Fresh values for a module of any model, std from `ModelConfig.init_std`; for `nn.Module.apply`.
+
+    Only what every model has in common: a mixer initialises its own special parameters.
+    """
+    if isinstance(module, nn.Linear | nn.Embedding | nn.Conv3d):
+        nn.init.normal_(module.weight, std=std)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def position_rules(config: ModelConfig, video_convention: str | None = None) -> PositionRules:

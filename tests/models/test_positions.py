@@ -1,4 +1,4 @@
-"""Multimodal rotary positions: recorded examples, layouts, tables and mistakes."""
+"""Multimodal rotary positions: padded and packed rows, tables and mistakes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_cases import DATA, Recorded, small_model
+from model_cases import small_model
 
 from hybridvl.layers import ConfigError
 from hybridvl.models.positions import (
@@ -24,33 +24,6 @@ from hybridvl.models.positions import (
 
 RULES = PositionRules(image_token_id=250, video_token_id=251)
 GRID = torch.tensor([[1, 4, 6]])
-
-
-@pytest.fixture(scope="module")
-def qwen() -> Recorded:
-    return Recorded(DATA / "qwen2_5_vl_tiny")
-
-
-@pytest.mark.parametrize("convention", ["v457", "v523"])
-@pytest.mark.parametrize("case", ["images", "video", "videofrac", "mixed"])
-def test_recorded_positions(qwen: Recorded, case: str, convention: str) -> None:
-    given_, wanted = qwen.inputs, qwen.expected
-    images = {"images": given_["image_grid_thw"], "mixed": given_["image_grid_thw"][1:]}.get(case)
-    videos = None if case == "images" else given_["video_grid_thw"]
-    seconds = given_["videofrac.second_per_grid_ts" if case == "videofrac" else "video.second_per_grid_ts"]
-    ids = given_[("video" if case == "videofrac" else case) + ".input_ids"]
-    rules = dataclasses.replace(RULES, video_convention=convention)
-    found = rope_positions(rules, ids, VisualGrids(images, videos, seconds), given_.get(f"{case}.attention_mask"))
-    key = f"{case}.position_ids" + ("" if case == "images" else f"_{convention}")
-    assert torch.equal(found, wanted[key])
-
-
-def test_recorded_tables(qwen: Recorded) -> None:
-    cos, sin = multimodal_rotary(
-        qwen.expected["images.position_ids"], rotary_sections(16, (2, 3, 3)), 1e6, torch.float32
-    )
-    torch.testing.assert_close(cos, qwen.expected["images.rope_cos"], atol=1e-6, rtol=0)
-    torch.testing.assert_close(sin, qwen.expected["images.rope_sin"], atol=1e-6, rtol=0)
 
 
 def test_tables_by_hand() -> None:
