@@ -54,8 +54,9 @@ class DigitPages(Task):
         kinds: question kinds and their weights: "line" ("What is on line 2?"), "cell" ("Which digit is at row 3,
             column 1?"), "count" ("How many 7s?"), "page" ("Read the page.").
         separator: what stands between the digits of a line in an answer.
-        growth: epochs over which training pages grow, columns first, from a single digit to full size; a model that
-            starts on small pages finds out early which answer token goes with which digit. 0 = full size at once.
+        growth: epochs over which training pages grow from a single digit to full size: so many digits at most, in any
+            shape, so that a model finds out on small pages how to go along a line and how to find one among several.
+            0 = full size at once.
         augment: strength of the distortion of training digits; 0 turns it off, 1 is as strong as it stays legible.
         train_pages: training pages in an epoch.
         val_pages: validation pages.
@@ -139,11 +140,15 @@ class DigitSource(Source):
         return np.random.Generator(np.random.SFC64(np.random.SeedSequence(key)))
 
     def _scan_numbers(self, rng: np.random.Generator, epoch: int) -> NDArray[np.int64]:
-        done = 1.0 if not self.training or epoch >= self.task.growth else epoch / self.task.growth
-        # The first tenth shows single digits, then lines grow until halfway, then pages get more lines.
-        columns = _grown(self.task.columns, (done - 0.1) / 0.4)
-        rows = _grown(self.task.rows, (done - 0.5) / 0.5)
-        size = (rng.integers(rows[0], rows[1] + 1), rng.integers(columns[0], columns[1] + 1))
+        (fewest_rows, most_rows), (fewest_columns, most_columns) = self.task.rows, self.task.columns
+        if self.training and epoch < self.task.growth:
+            # The first tenth shows single digits.
+            done = max(0.0, (epoch / self.task.growth - 0.1) / 0.9)
+            most = 1 + int(done * (most_rows * most_columns - 1))
+            sizes = [(r, c) for r in range(1, most_rows + 1) for c in range(1, most_columns + 1) if r * c <= most]
+            size = sizes[rng.integers(len(sizes))]
+        else:
+            size = (rng.integers(fewest_rows, most_rows + 1), rng.integers(fewest_columns, most_columns + 1))
         return rng.choice(scan_splits()[self.split], size=size)
 
     def _questions(self, labels: NDArray[np.int64], turns: int, rng: np.random.Generator) -> list[tuple[str, str, str]]:
@@ -173,14 +178,6 @@ def _ask(kind: str, labels: NDArray[np.int64], u: float, v: float, separator: st
         digit = labels[row, column] if u * rows % 1 < 0.7 else int(v * columns % 1 * 10)
         return f"How many {digit}s?", str((labels == digit).sum())
     return "Read the page.", "\n".join(separator.join(map(str, line)) for line in labels)
-
-
-def _grown(span: tuple[int, int], share: float) -> tuple[int, int]:
-    """The span of sizes after a share of the growth: from 1 alone to the whole span, its lower end last."""
-    if share >= 1:
-        return span
-    most = 1 + int(max(0.0, share) * span[1])
-    return 1, min(most, span[1])
 
 
 def _span(name: str, span: tuple[int, int]) -> tuple[int, int]:

@@ -96,18 +96,18 @@ def test_pages_follow_from_seed_split_epoch_and_number():
 def test_training_pages_grow_from_one_digit():
     source = DigitPages(growth=10).source("train", 0)
 
-    def largest(epoch):
-        shapes = [source.scan_numbers(index, epoch).shape for index in range(200)]
-        return tuple(np.max(shapes, axis=0)), tuple(np.min(shapes, axis=0))
+    def sizes(epoch, of=source):
+        return {of.scan_numbers(page, epoch).shape for page in range(300)}
 
-    assert largest(0) == ((1, 1), (1, 1))
-    assert largest(4) == ((1, 4), (1, 1))
-    assert largest(5) == ((1, 5), (1, 2))
-    assert largest(10) == ((4, 5), (2, 2))
-    grown = [np.prod(largest(epoch)[0]) for epoch in range(11)]
-    assert grown == sorted(grown)
-    test = DigitPages(growth=10).source("test", 0)
-    assert min(test.scan_numbers(index, 0).size for index in range(50)) >= 4
+    assert sizes(0) == sizes(1) == {(1, 1)}
+    # A third of the way: at most 1 + int(1 / 3 * 19) = 7 digits, in every shape that fits on a whole page.
+    assert sizes(4) == {(r, c) for r in range(1, 5) for c in range(1, 6) if r * c <= 7}
+    most = [max(r * c for r, c in sizes(epoch)) for epoch in range(11)]
+    assert most == sorted(most)
+    assert most[-1] == 20
+    whole = {(r, c) for r in range(2, 5) for c in range(2, 6)}
+    assert sizes(10) == sizes(0, DigitPages().source("train", 0)) == whole
+    assert sizes(0, DigitPages(growth=10).source("test", 0)) == whole
 
 
 def test_only_training_pages_are_distorted():
