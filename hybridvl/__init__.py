@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from hybridvl.hf import auto as _auto
+
 if TYPE_CHECKING:
     from hybridvl.checkpoints import load, save
     from hybridvl.layers.errors import ConfigError
@@ -32,3 +34,7 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# Imports nothing heavy: waits until transformers' auto classes are imported, to make our folders known to them.
+_auto.install()

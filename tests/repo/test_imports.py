@@ -20,8 +20,8 @@ LEVELS = [
     {"layers"},
     {"pattern", "models", "testing"},
     {"checkpoints"},
-    {"data", "plan"},
-    {"inference"},
+    {"data", "hf", "plan"},
+    {"inference", "conversion"},
     {"training"},
     {"cli"},
 ]

@@ -1,0 +1,1 @@
+"""hybridvl models in transformers: auto classes load our folders, `model.generate` and the Trainer drive them."""

@@ -1,0 +1,169 @@
+"""transformers' generate drives our models: the same tokens and logits as VisionLanguageModel.generate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hf_cases import CASES, NO_VISUALS, Case, Wrapped, reloaded, video_inputs
+
+from hybridvl.hf import modeling
+from hybridvl.hf.cache import HybridVLCache
+from hybridvl.layers import ConfigError
+from hybridvl.models import Sampling
+
+NEW = 10
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_greedy_tokens_and_logits_are_ours(case: Case, tmp_path: Path) -> None:
+    net, inputs = case.net(), case.inputs()
+    model = reloaded(net, tmp_path)
+    steps = list(net.steps(max_new_tokens=NEW, **inputs))
+    found = model.generate(**inputs, max_new_tokens=NEW, output_logits=True, return_dict_in_generate=True)
+    wanted = torch.stack([step.tokens for step in steps], dim=1)
+    assert torch.equal(found.sequences, torch.cat((inputs["input_ids"], wanted), dim=1))
+    for step, logits in zip(steps, found.logits, strict=True):
+        torch.testing.assert_close(logits, step.logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_rows_without_padding_and_prompts_of_one_token(case: Case) -> None:
+    net = case.net()
+    for length in (1, 6):
+        ids = torch.randint(0, 80, (2, length), generator=torch.Generator().manual_seed(length))
+        assert torch.equal(Wrapped.wrap(net).generate(ids, max_new_tokens=NEW), net.generate(ids, NEW))
+
+
+@pytest.mark.parametrize("convention", ["v457", "v523"])
+def test_videos(convention: str) -> None:
+    net = CASES[1].net()
+    net.config = type(net.config).from_dict(
+        {**net.config.to_dict(), "video_convention": convention, "tokens_per_second": 3.0}
+    )
+    inputs = video_inputs(3)
+    wanted = net.generate(max_new_tokens=NEW, **inputs)
+    assert torch.equal(Wrapped.wrap(net).generate(**inputs, max_new_tokens=NEW), wanted)
+
+
+def test_rows_end_at_stop_tokens_as_ours_do() -> None:
+    net, inputs = CASES[0].net(), CASES[0].inputs()
+    stop = int(net.generate(max_new_tokens=3, **inputs)[0, -1])
+    wanted = net.generate(max_new_tokens=NEW, sampling=Sampling(stop_ids=(stop,)), **inputs)
+    found = Wrapped.wrap(net).generate(**inputs, max_new_tokens=NEW, eos_token_id=stop, pad_token_id=stop)
+    assert torch.equal(found, wanted)
+    assert (wanted[0, -NEW + 3 :] == stop).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 7}, {"top_p": 0.8}], ids=str)
+def test_draws_are_ours(options: dict[str, float]) -> None:
+    net, inputs = CASES[4].net(), CASES[4].inputs()
+    torch.manual_seed(5)
+    wanted = net.generate(max_new_tokens=NEW, sampling=Sampling(temperature=0.7, **options), **inputs)
+    torch.manual_seed(5)
+    found = Wrapped.wrap(net).generate(
+        **inputs, max_new_tokens=NEW, do_sample=True, temperature=0.7, **{"top_k": 0, **options}
+    )
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_beams_and_greedy_search_with_the_state_as_without(case: Case) -> None:
+    model, inputs = Wrapped.wrap(case.net()), case.inputs()
+    for beams in (1, 3):
+        options = {"max_new_tokens": 6, "num_beams": beams, "bad_words_ids": NO_VISUALS}
+        with_state = model.generate(**inputs, **options)
+        assert torch.equal(with_state, model.generate(**inputs, **options, use_cache=False))
+
+
+def test_several_answers_see_the_pictures_of_their_row() -> None:
+    model, inputs = Wrapped.wrap(CASES[0].net()), CASES[0].inputs()
+    options = {"max_new_tokens": 1, "output_logits": True, "return_dict_in_generate": True}
+    once = model.generate(**inputs, **options).logits[0]
+    several = model.generate(**inputs, **options, do_sample=True, num_return_sequences=3).logits[0]
+    torch.testing.assert_close(several, once.repeat_interleave(3, 0), atol=1e-5, rtol=1e-5)
+
+
+def test_several_answers_see_the_video_of_their_row() -> None:
+    model, inputs = Wrapped.wrap(CASES[1].net()), video_inputs(4)
+    options = {"max_new_tokens": 4, "num_beams": 2}
+    assert torch.equal(model.generate(**inputs, **options), model.generate(**inputs, **options, use_cache=False))
+
+
+@pytest.mark.parametrize("case", CASES[2:5], ids=str)
+def test_a_conversation_goes_on_from_the_returned_cache(case: Case) -> None:
+    model, inputs = Wrapped.wrap(case.net()), case.inputs()
+    options = {"max_new_tokens": 4, "return_dict_in_generate": True, "bad_words_ids": NO_VISUALS}
+    first = model.generate(**inputs, **options)
+    assert isinstance(first.past_key_values, HybridVLCache)
+    question = torch.randint(0, 80, (len(first.sequences), 5), generator=torch.Generator().manual_seed(1))
+    ids = torch.cat((first.sequences, question), dim=1)
+    new = torch.ones(len(ids), ids.shape[1] - inputs["input_ids"].shape[1], dtype=torch.int64)
+    mask = torch.cat((inputs["attention_mask"], new), dim=1)
+    afresh = model.generate(**{**inputs, "input_ids": ids, "attention_mask": mask}, **options)
+    goes_on = model.generate(ids, attention_mask=mask, past_key_values=first.past_key_values, **options)
+    assert torch.equal(goes_on.sequences, afresh.sequences)
+    assert goes_on.past_key_values.get_seq_length() == ids.shape[1] + 3
+
+
+def test_a_prompt_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, inputs = CASES[4].net(), CASES[4].inputs()
+    monkeypatch.setattr(modeling, "PREFILL_CHUNK", 5)
+    found = Wrapped.wrap(net).generate(**inputs, max_new_tokens=NEW)
+    assert torch.equal(found, net.generate(max_new_tokens=NEW, **inputs))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_embeddings_in_place_of_tokens(beams: int) -> None:
+    net, inputs = CASES[5].net(), CASES[5].inputs()
+    model = Wrapped.wrap(net)
+    embeds = net.decoder.embed_tokens(inputs["input_ids"])
+    options = {"attention_mask": inputs["attention_mask"], "max_new_tokens": NEW, "num_beams": beams}
+    found = model.generate(inputs_embeds=embeds, **options)
+    assert torch.equal(found, model.generate(inputs["input_ids"], **options)[:, -NEW:])
+    with pytest.raises(ConfigError, match="inputs_embeds: given with input_ids or pixel values"):
+        model(inputs["input_ids"], inputs_embeds=embeds)
+    with pytest.raises(ConfigError, match="input_ids: None; expected tokens, or inputs_embeds"):
+        model()
+
+
+def test_hidden_states_of_every_step() -> None:
+    case = CASES[3]
+    model, inputs = Wrapped.wrap(case.net()), case.inputs()
+    found = model.generate(**inputs, max_new_tokens=3, output_hidden_states=True, return_dict_in_generate=True)
+    assert [len(step) for step in found.hidden_states] == [3, 3, 3]
+    assert [step[0].shape[1] for step in found.hidden_states] == [inputs["input_ids"].shape[1], 1, 1]
+
+
+def test_a_cache_starts_again() -> None:
+    model, inputs = Wrapped.wrap(CASES[5].net()), CASES[5].inputs()
+    with torch.no_grad():
+        first = model(**inputs, use_cache=True)
+        cache = first.past_key_values
+        assert (cache.get_seq_length(), cache.batch_size, len(cache)) == (inputs["input_ids"].shape[1], 3, 4)
+        cache.reset()
+        again = model(**inputs, past_key_values=cache)
+    assert cache.get_seq_length() == inputs["input_ids"].shape[1]
+    torch.testing.assert_close(again.logits, first.logits)
+
+
+def test_what_a_state_cannot_do_is_refused() -> None:
+    model = Wrapped.wrap(CASES[2].net())
+    ids = torch.tensor([[1, 2, 3]])
+    cache = model(ids, use_cache=True).past_key_values
+    cache.crop(0)
+    with pytest.raises(ConfigError, match="crop: a recurrent state cannot forget"):
+        cache.crop(-1)
+    with pytest.raises(ConfigError, match="batch_repeat_interleave"):
+        cache.batch_repeat_interleave(2)
+    with pytest.raises(ConfigError, match="batch_select_indices"):
+        cache.batch_select_indices(torch.tensor([0]))
+    with pytest.raises(ConfigError, match=r"past_key_values: a int; expected the cache of an earlier output"):
+        model(ids, past_key_values=3)
+    with pytest.raises(ConfigError, match="output_attentions"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ConfigError, match=r"attention_mask: shape \(1, 5\); expected \(1, 3\).*or \(1, 6\)"):
+        model(ids, attention_mask=torch.ones(1, 5), past_key_values=cache)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(ids, assistant_model=Wrapped.wrap(CASES[2].net()))
