@@ -33,14 +33,14 @@ def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
         model = VisionLanguageModel(checkpoint.config)
-    _check_tensors(checkpoint, model)
+    check_tensors(checkpoint, model)
     target = torch.device(device)
     dtypes = _target_dtypes(checkpoint, model, dtype)
     mapped = target.type == "cpu" and all(checkpoint.dtype(name) == dtype for name, dtype in dtypes.items())
     tensors: dict[str, Tensor] = {}
     copied = 0
     for name, wanted in dtypes.items():
-        tensor = _finite(checkpoint, name)
+        tensor = finite_tensor(checkpoint, name)
         tensors[name] = tensor if mapped else tensor.to(device=target, dtype=wanted, copy=True)
         copied += 0 if mapped else tensor.nbytes
         if copied > _RELEASED:
@@ -60,12 +60,12 @@ def load_weights(model: VisionLanguageModel, path: str | Path) -> None:
     """
     checkpoint = open_checkpoint(path)
     check_same_model(checkpoint.config, model.config, str(checkpoint.folder))
-    _check_tensors(checkpoint, model)
-    model.load_state_dict({name: _finite(checkpoint, name) for name in checkpoint.names})
+    check_tensors(checkpoint, model)
+    model.load_state_dict({name: finite_tensor(checkpoint, name) for name in checkpoint.names})
 
 
-def _check_tensors(checkpoint: Checkpoint, model: VisionLanguageModel) -> None:
-    """Every tensor of the model must be there with its shape, in floating point, and no other."""
+def check_tensors(checkpoint: Checkpoint, model: VisionLanguageModel) -> None:
+    """Raise ConfigError unless every tensor of the model is there with its shape, in floating point, and no other."""
     own, found = model.state_dict(), checkpoint.names
     shapes = [
         f"{checkpoint.spelled(name)} has shape {checkpoint.shape(name)}, expected {tuple(own[name].shape)}"
@@ -107,8 +107,8 @@ def _target_dtypes(
     return {name: own[name].dtype for name in checkpoint.names}
 
 
-def _finite(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A tensor, looked through piece by piece, which copies nothing."""
+def finite_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor by our name, looked through piece by piece, which copies nothing; ConfigError for NaN or infinity."""
     tensor = checkpoint.tensor(name)
     for piece in tensor.flatten().split(_PIECE):
         if len(piece) and not all(bound.isfinite() for bound in torch.aminmax(piece)):

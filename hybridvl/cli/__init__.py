@@ -28,6 +28,7 @@ _COMMANDS = {
     "test": _Command("hybridvl.cli.training", ("test",), "score generated replies of a checkpoint"),
     "predict": _Command("hybridvl.cli.training", ("predict",), "write the replies of a checkpoint to a file"),
     "generate": _Command("hybridvl.cli.generate", (), "answer a prompt about images with a trained model"),
+    "convert": _Command("hybridvl.cli.convert", (), "turn a checkpoint into a model of another layer pattern"),
     "plan": _Command("hybridvl.cli.plan", (), "parameters, FLOPs and state bytes of layer patterns, side by side"),
     "doctor": _Command("hybridvl.cli.doctor", (), "versions, devices, and which operator backends are used"),
 }

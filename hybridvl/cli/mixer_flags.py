@@ -10,7 +10,11 @@ from typing import Any
 
 import yaml
 
-_FLAG = re.compile(r"--model\.net\.mixers\.(?P<mixer>\w+)\.(?P<option>\w+)(?:=(?P<value>.*))?", re.DOTALL)
+from hybridvl.layers.errors import ConfigError
+
+_OPTION = r"\.(?P<mixer>\w+)\.(?P<option>\w+)(?:=(?P<value>.*))?"
+_RECIPE_FLAG = re.compile(r"--model\.net\.mixers" + _OPTION, re.DOTALL)
+_FLAG = re.compile(r"--mixer" + _OPTION, re.DOTALL)
 
 
 def merge_mixer_flags(arguments: Sequence[str], recipes: Iterable[Path]) -> list[str]:
@@ -22,7 +26,7 @@ def merge_mixer_flags(arguments: Sequence[str], recipes: Iterable[Path]) -> list
     merged: list[str] = []
     waiting = iter(arguments)
     for argument in waiting:
-        match = _FLAG.fullmatch(argument)
+        match = _RECIPE_FLAG.fullmatch(argument)
         if match is None:
             merged.append(argument)
             continue
@@ -31,6 +35,27 @@ def merge_mixer_flags(arguments: Sequence[str], recipes: Iterable[Path]) -> list
         mixer[match["option"]] = yaml.safe_load(value)
         merged.append(f"--model.net.mixers.{match['mixer']}={json.dumps(mixer)}")
     return merged
+
+
+def take_mixer_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """The arguments without every `--mixer.NAME.OPTION VALUE`, and those options by mixer; for commands whose other
+    arguments argparse reads. ConfigError for a flag without a value or with one that is not YAML."""
+    rest: list[str] = []
+    options: dict[str, dict[str, Any]] = {}
+    waiting = iter(arguments)
+    for argument in waiting:
+        match = _FLAG.fullmatch(argument)
+        if match is None:
+            rest.append(argument)
+            continue
+        value = match["value"] if match["value"] is not None else next(waiting, None)
+        if value is None or (match["value"] is None and value.startswith("--")):
+            raise ConfigError(f"{argument}: expected a value after it")
+        try:
+            options.setdefault(match["mixer"], {})[match["option"]] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{argument} {value!r}: not valid YAML") from error
+    return rest, options
 
 
 def _mixers(recipes: Iterable[Path]) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,140 @@
+"""`hybridvl convert`: a checkpoint turned into a model of another layer pattern, with an account of every weight."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+
+from hybridvl.checkpoints import open_checkpoint
+from hybridvl.cli.arguments import Arguments
+from hybridvl.cli.mixer_flags import take_mixer_flags
+from hybridvl.conversion import Report, prepare
+from hybridvl.conversion.output import check_folder, write_folder
+from hybridvl.conversion.tables import detail_tables, layer_table, summary
+from hybridvl.layers.errors import ConfigError
+from hybridvl.layers.inherit import INHERIT
+
+_DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
+_FORMATS = ("hybridvl", "qwen2_5_vl", "infinitevl")
+_PLAIN_WIDTH = 10_000  # columns when the output is a file or a pipe: tables take what they need
+
+
+def main(argv: Sequence[str]) -> int:
+    """Convert, print the report and write the folder; returns 0. Mistakes are ConfigErrors."""
+    rest, flags = take_mixer_flags(argv)
+    parser = _parser()
+    options = parser.parse_args(rest)
+    if options.out is None and not options.dry_run:
+        parser.error("--out is required, unless with --dry-run")
+    mixers = _mixers_file(options.mixers)
+    for name, given in flags.items():
+        mixers[name] = {**_mapping(mixers.get(name, {}), f"{options.mixers}: {name}"), **given}
+    layers = None if options.layers is None else _layer_numbers(options.layers)
+    checkpoint = open_checkpoint(options.source)
+    if options.out is not None:
+        check_folder(Path(options.out), checkpoint.folder, options.force)
+    conversion = prepare(checkpoint, options.pattern, options.inherit, mixers, layers)
+    if options.json != "-":
+        _print(conversion.report, options.details)
+    if not options.dry_run:
+        model = conversion.model(options.seed, None if options.dtype is None else _DTYPES[options.dtype])
+        copied = write_folder(model, Path(options.out), checkpoint.folder, options.format, options.force)
+        if options.json != "-":
+            besides = f", with {', '.join(copied)}" if copied else ""
+            print(f"written to {options.out}{besides}")
+    if options.json is not None:
+        _write_json(conversion.report, options.json)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Arguments(
+        prog="hybridvl convert",
+        description="Turn a checkpoint into a model of another layer pattern. Vision tower, embeddings, MLPs, norms "
+        "and head are copied, and so is every mixer that stays or only gains or loses a window; other mixers are new, "
+        "or inherit the projections of the attention that they replace.",
+        epilog="example: hybridvl convert Qwen/Qwen2.5-VL-3B-Instruct --pattern '(swa gdn*3)*9' --out student",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="folder or hub id of a model that hybridvl reads")
+    parser.add_argument("--pattern", required=True, help="layer pattern of the new model")
+    parser.add_argument("--out", metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--inherit", choices=INHERIT, default="qkvo", help="what new mixers take from attention (default qkvo)"
+    )
+    parser.add_argument(
+        "--mixers", metavar="FILE", help="YAML: options of mixers by name, as in a recipe's model.net.mixers"
+    )
+    parser.add_argument(
+        "--mixer.NAME.OPTION",
+        metavar="VALUE",
+        help="one option of one mixer, such as --mixer.swa.window 4096; by default sizes follow the source's attention",
+    )
+    parser.add_argument(
+        "--layers",
+        metavar="N,N-N,...",
+        help="the source's layer that each layer of the pattern follows; default: the one of the same number",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of new weights (default 0)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the new model; default: the source's")
+    parser.add_argument("--format", choices=_FORMATS, default="hybridvl", help="of the folder (default hybridvl)")
+    parser.add_argument("--force", action="store_true", help="replace the model of a folder that is not empty")
+    parser.add_argument("--dry-run", action="store_true", help="print the report, write nothing")
+    parser.add_argument("--details", action="store_true", help="tensor by tensor, for every kind of new layer")
+    parser.add_argument("--json", metavar="FILE", help="write the report; '-' prints it instead of tables")
+    return parser
+
+
+def _mixers_file(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: {error}; expected YAML, options of mixers by name") from error
+    return {str(name): options for name, options in _mapping(values, path).items()}
+
+
+def _mapping(values: object, place: str) -> dict[Any, Any]:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{place}: {values!r}; expected a mapping of names to options")
+    return values
+
+
+def _layer_numbers(text: str) -> list[int]:
+    """ "0,2-4" -> [0, 2, 3, 4]."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not dash)):
+            raise ConfigError(f"--layers: {part!r}; expected numbers and ranges of layers, such as 0-3,8,9")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+def _print(report: Report, details: bool) -> None:
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PLAIN_WIDTH)
+    console.print(layer_table(report))
+    for table in detail_tables(report) if details else []:
+        console.print(table)
+    for line in summary(report):
+        console.print(line, highlight=False, markup=False)
+
+
+def _write_json(report: Report, path: str) -> None:
+    text = json.dumps(report.to_dict(), indent=2)
+    if path == "-":
+        print(text)
+        return
+    if Path(path).is_dir():
+        raise ConfigError(f"{path}: is a folder; expected the name of a file to write")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,45 @@
+"""The folder of a converted model, with the files of the source that do not depend on its weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from hybridvl.checkpoints import save
+from hybridvl.checkpoints.saving import SIDE_FILES
+from hybridvl.layers import ConfigError
+from hybridvl.models.vlm import VisionLanguageModel
+
+
+def check_folder(folder: Path, source: Path, force: bool = False) -> None:
+    """Raise ConfigError unless a converted model may be written to a folder: a new one, an empty one, or with force
+    one of anything but the source."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder}: is a file; expected the name of a folder to write")
+    if folder.exists() and folder.resolve() == source.resolve():
+        raise ConfigError(f"{folder}: is the source itself; expected another folder")
+    if folder.exists() and any(folder.iterdir()) and not force:
+        raise ConfigError(f"{folder}: is not empty; expected a new or empty folder, or --force to replace its model")
+
+
+def write_folder(
+    model: VisionLanguageModel, folder: Path, source: Path, format: str = "hybridvl", force: bool = False
+) -> list[str]:
+    """Write a model with the source's tokenizer, chat template, processor and generation files; returns their names.
+
+    With force, the model that is there already is replaced; files that belong to no model stay.
+
+    Raises:
+        ConfigError: see `check_folder`; a format that cannot express the model, or a folder that cannot be written,
+            both before anything in the folder is changed.
+    """
+    check_folder(folder, source, force)
+    save(model, folder, format)
+    copied = []
+    for name in SIDE_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+            copied.append(name)
+        else:
+            (folder / name).unlink(missing_ok=True)  # of the model that was there
+    return copied
