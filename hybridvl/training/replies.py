@@ -1,4 +1,4 @@
-"""Greedy replies of a model to many questions at once: prompts padded on the left, images side by side."""
+"""Greedy replies of a model to many questions at once: prompts padded on the left, images and videos side by side."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hybridvl.models.generation import Sampling
+from hybridvl.models.sampling import Sampling
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.training.answers import Question
 
@@ -29,6 +29,9 @@ def reply(
         attention_mask=mask,
         pixel_values=_joined([question.pixel_values for question in questions]),
         image_grid_thw=_joined([question.image_grid_thw for question in questions]),
+        pixel_values_videos=_joined([question.pixel_values_videos for question in questions]),
+        video_grid_thw=_joined([question.video_grid_thw for question in questions]),
+        second_per_grid_ts=_joined([question.second_per_grid_ts for question in questions]),
         sampling=Sampling(stop_ids=stop_ids),
     )[:, length:]
     return [_until(row.tolist(), stop_ids) for row in written]
