@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,8 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config_text, values, self.format = _open_config(folder)
+        self.config = _configuration(self.format, values, folder)
         self.files = TensorFiles(folder)
-        place = str(folder / "config.json")
-        self.config = _configuration(self.format, values, lambda: self.files.stored, place)
         self._entries: dict[str, _Entry] = {}
         for theirs in self.files.stored:
             self._add(theirs)
@@ -125,7 +124,7 @@ def read_config(path: str | Path) -> ModelConfig:
     tied, the tensors' names."""
     folder = checkpoint_folder(path)
     _, values, format = _open_config(folder)
-    return _configuration(format, values, lambda: TensorFiles(folder).stored, str(folder / "config.json"))
+    return _configuration(format, values, folder)
 
 
 def checkpoint_folder(path: str | Path) -> Path:
@@ -166,13 +165,12 @@ def _open_config(folder: Path) -> tuple[str, dict[str, Any], Format]:
     return text, values, find_format(values, str(place))
 
 
-def _configuration(
-    format: Format, values: dict[str, Any], names: Callable[[], Iterable[str]], place: str
-) -> ModelConfig:
+def _configuration(format: Format, values: dict[str, Any], folder: Path) -> ModelConfig:
+    place = folder / "config.json"
     tied = format.read_tied(values)
     if tied is None:
-        tied = all(format.ours(name) != HEAD for name in names())
+        tied = all(format.ours(name) != HEAD for name in TensorFiles(folder).stored)
     try:
-        return format.read_config(values, bool(tied), place)
+        return format.read_config(values, bool(tied), str(place))
     except (TypeError, AttributeError) as error:  # a list or text where a number or an object belongs
         raise ConfigError(f"{place}: a value is of the wrong kind: {error}") from error

@@ -39,13 +39,15 @@ def lost_options(own: ModelConfig, read: ModelConfig, ignored: frozenset[str]) -
         here, there = (_meaningful(side[1]) for side in (mine, theirs))
         lost = [f"{key} {value!r} ({there.get(key)!r} there)" for key, value in here.items() if there.get(key) != value]
         found += [f"layer {number}, {mine[0]}: {', '.join(lost)}"] if lost else []
+    if found:
+        return found[:_LISTED]
     sizes = {name: (getattr(own, name), getattr(read, name)) for name in _compared() if name != "vision"}
     sizes["rope_sections"] = _sections(own), _sections(read)
     if own.vision is not None and read.vision is not None:
         fields = [field.name for field in dataclasses.fields(own.vision)]
         sizes |= {f"vision.{name}": (getattr(own.vision, name), getattr(read.vision, name)) for name in fields}
     changed = {name: pair for name, pair in sizes.items() if name not in ignored and pair[0] != pair[1]}
-    return [*found[:_LISTED], *(f"{name} {mine!r} ({theirs!r} there)" for name, (mine, theirs) in changed.items())]
+    return [f"{name} {mine!r} ({theirs!r} there)" for name, (mine, theirs) in changed.items()]
 
 
 def _layer_differences(saved: ModelConfig, own: ModelConfig) -> list[str]:

@@ -65,6 +65,11 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
     if config.mlp_width == 0:
         raise ConfigError("format 'qwen2_5_vl': mlp_width is 0, which it cannot express; expected at least 1")
     attention, sliding = first_attention(layers), first_of(layers, SlidingWindowConfig())
+    if attention.head_dim * attention.heads != config.width:
+        raise ConfigError(
+            f"format 'qwen2_5_vl': head_dim {attention.head_dim}, which it cannot express; expected width / heads = "
+            f"{config.width} / {attention.heads}"
+        )
     kinds = [kind for kind, _ in layers]
     slides = "sliding_attention" in kinds
     text = {
@@ -87,7 +92,6 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
             "mrope_section": written_sections(config, attention),
             "rope_theta": config.rope_theta,
             "rope_type": "default",
-            "type": "mrope",
         },
         "sliding_window": sliding.window if slides else None,
         "use_cache": True,
