@@ -91,7 +91,8 @@ def use_template(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str | None
         head, separator, rest = rendered.partition("<|im_end|>\n")
         opening = "<|im_start|>system\n"
         system = head.removeprefix(opening) if separator and head.startswith(opening) and rest else None
-        turns = _TURNS if "image" in str(template) else _QUESTION
+        # A text model's template cannot take parts.
+        turns = _TURNS if any(word in str(template) for word in ("image", "vision_start")) else _QUESTION
         theirs, ours = _render(tokenizer, turns), ChatFormat(tokenizer, system).render(turns, generation_prompt=True)
     except (TemplateError, TypeError, ValueError) as error:
         raise ConfigError(f"{place}: the chat template cannot be used: {error}") from error
