@@ -1,100 +1,214 @@
-"""`hybridvl generate`: one answer of a trained model, printed as it is written."""
+"""`hybridvl generate`: replies of a model to prompts about images and videos, printed as they are written."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from hybridvl.checkpoints.folders import load
+from hybridvl.checkpoints import load, read_config
+from hybridvl.checkpoints.checkpoint import checkpoint_folder
+from hybridvl.checkpoints.files import parse_json, read_text
 from hybridvl.cli.arguments import Arguments
 from hybridvl.inference.processor import Processor
+from hybridvl.inference.replies import Rates, ReplyPiece, stream_replies
 from hybridvl.layers.errors import ConfigError
-from hybridvl.models.generation import Sampling, generate
-from hybridvl.models.vlm import VisionLanguageModel
+from hybridvl.models.config import ModelConfig
+from hybridvl.models.generation import PREFILL_CHUNK, check_request
+from hybridvl.models.sampling import Sampling
+
+# What a model writes must not command a terminal: everything but tab and new line among the control characters.
+_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Answer the prompt in `argv`; returns the exit status."""
+    """Reply to the prompts in `argv`; returns the exit status."""
     options = _parser().parse_args(argv)
+    # Everything that can be wrong is looked at before the weights are read, which may take minutes.
+    prompts = _prompts(options)
     folder = model_folder(options.model)
-    model, processor = load(folder, device=options.device), Processor.load(folder)
-    content: list[dict[str, Any]] = [{"type": "image", "image": path} for path in options.image]
-    content.append({"type": "text", "text": options.prompt})
+    check_request(options.max_new_tokens, options.chunk)
+    config = read_config(folder)
+    _check_media(options, config)
+    processor = Processor.load(folder)
     sampling = Sampling(
-        temperature=options.temperature, top_p=options.top_p, seed=options.seed, stop_ids=(processor.stop_id,)
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        repetition_penalty=options.repetition_penalty,
+        seed=options.seed,
+        stop_ids=_stop_ids(folder, processor),
     )
-    for piece in answer(model, processor, [{"role": "user", "content": content}], options.max_new_tokens, sampling):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    conversations = [_conversation(options, prompt) for prompt in prompts]
+    inputs = processor.prompt(conversations[0]) if len(prompts) == 1 else processor.batch(conversations)
+    _check_inputs(inputs, config, options.max_context)
+    model = load(folder, device=options.device, dtype=DTYPES.get(options.dtype))
+    pieces = stream_replies(
+        model, processor, inputs, options.max_new_tokens, sampling, options.stop, chunk=options.chunk
+    )
+    rates = _show(pieces, prompts)
+    if rates is not None and not options.quiet:
+        print(_rates_line(rates), file=sys.stderr)
     return 0
 
 
 def model_folder(path: str) -> Path:
-    """A model folder, or the model/ folder of a run folder; ConfigError when there is neither."""
+    """A model folder, the model/ folder of a run folder, or where a hub id was stored; ConfigError if none of them."""
     folder = Path(path)
     if (folder / "config.json").is_file():
         return folder
     if (folder / "model" / "config.json").is_file():
         return folder / "model"
     if not folder.is_dir():
-        raise ConfigError(f"{path}: no such folder; expected a run folder or a model folder")
+        return checkpoint_folder(path)
     raise ConfigError(f"{path}: neither config.json nor model/config.json in it; did the run finish?")
 
 
-def answer(
-    model: VisionLanguageModel,
-    processor: Processor,
-    messages: Sequence[dict[str, Any]],
-    max_new_tokens: int,
-    sampling: Sampling,
-) -> Iterator[str]:
-    """The reply to a conversation, piece by piece, as soon as each piece is certain."""
-    inputs = {name: tensor.to(model.lm_head_weight.device) for name, tensor in processor.prompt(messages).items()}
-    embeds = model.embed(**inputs)
-    positions, _ = model.rope_positions(inputs["input_ids"], inputs.get("image_grid_thw"))
-    written: list[int] = []
-    shown = ""
-    for step in generate(model, embeds, positions, None, max_new_tokens, sampling):
-        if bool(step.finished[0]):
-            break
-        written.append(int(step.tokens[0]))
-        text = processor.text(written)
-        # A character of several bytes decodes to U+FFFD until its last byte is there.
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text.removeprefix(shown)
-            shown = text
-    yield processor.text(written).removeprefix(shown)
+def _prompts(options: argparse.Namespace) -> list[str]:
+    prompts = list(options.prompt)
+    if options.prompt_file is not None:
+        try:
+            text = sys.stdin.read() if options.prompt_file == "-" else Path(options.prompt_file).read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--prompt-file: {options.prompt_file} cannot be read: {error}") from error
+        prompts += [line for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise ConfigError("--prompt: no prompt given; expected --prompt TEXT or a --prompt-file with one a line")
+    for name, text in [*(("--prompt", prompt) for prompt in prompts), ("--system", options.system or "")]:
+        if text.encode("utf-8", "ignore").decode() != text:
+            raise ConfigError(f"{name}: {text!r:.80} is not UTF-8")
+    return prompts
+
+
+def _check_media(options: argparse.Namespace, config: ModelConfig) -> None:
+    if options.fps is not None and not 0 < options.fps < float("inf"):
+        raise ConfigError(f"--fps: {options.fps}; expected a number of frames per second above 0")
+    for kind, path in options.media:
+        if config.vision is None:
+            raise ConfigError(f"--{kind}: {path} given to a model without a vision tower; expected prompts alone")
+        if not Path(path).is_file():
+            reason = "is a folder" if Path(path).is_dir() else "no such file"
+            raise ConfigError(f"--{kind}: {path} cannot be read: {reason}")
+
+
+def _conversation(options: argparse.Namespace, prompt: str) -> list[dict[str, Any]]:
+    content: list[dict[str, Any]] = []
+    for kind, path in options.media:
+        part: dict[str, Any] = {"type": kind, kind: path}
+        if kind == "video" and options.fps is not None:
+            part["fps"] = options.fps
+        content.append(part)
+    content.append({"type": "text", "text": prompt})
+    system = [] if options.system is None else [{"role": "system", "content": options.system}]
+    return [*system, {"role": "user", "content": content}]
+
+
+def _check_inputs(inputs: dict[str, Tensor], config: ModelConfig, max_context: int | None) -> None:
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    longest = ids.shape[1] if mask is None else int(mask.ne(0).sum(1).max())
+    if max_context is not None and longest > max_context:
+        raise ConfigError(f"--max-context: the prompt has {longest} tokens; expected at most {max_context}")
+    if int(ids.max()) >= config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer gives token {int(ids.max())}, the model knows tokens below {config.vocab_size}; "
+            "expected the tokenizer that the model was trained with"
+        )
+
+
+def _stop_ids(folder: Path, processor: Processor) -> tuple[int, ...]:
+    """The end of a turn, and what generation_config.json calls the end where a folder has one."""
+    path, stops = folder / "generation_config.json", [processor.stop_id]
+    if path.is_file():
+        ends = parse_json(read_text(path), path).get("eos_token_id")
+        stops += [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
+    return tuple(dict.fromkeys(stops))
+
+
+def _show(pieces: Iterable[ReplyPiece], prompts: Sequence[str]) -> Rates | None:
+    """Print one reply after the other, each as it is written: later rows wait for the earlier ones."""
+    waiting, finished, current, rates = [""] * len(prompts), set(), 0, None
+    _write(_heading(prompts, current))
+    for piece in pieces:
+        rates = piece.rates
+        if piece.row == current:
+            _write(piece.text)
+        else:
+            waiting[piece.row] += piece.text
+        if piece.finish_reason:
+            finished.add(piece.row)
+        while current in finished:
+            current += 1
+            _write("\n")
+            if current < len(prompts):
+                _write(_heading(prompts, current) + waiting[current])
+    return rates
+
+
+def _heading(prompts: Sequence[str], row: int) -> str:
+    if len(prompts) == 1:
+        return ""
+    return ("\n" if row else "") + f"[{row + 1}/{len(prompts)}] {prompts[row]}\n"
+
+
+def _write(text: str) -> None:
+    if sys.stdout.isatty():
+        text = text.translate(_CONTROLS)
+    # Where the output is not UTF-8, "?" stands for what it does not know.
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def _rates_line(rates: Rates) -> str:
+    return (
+        f"prompt {rates.prompt_tokens:,} tokens, prefill {rates.prefill_rate:,.1f} tokens/s, "
+        f"decode {rates.decode_rate:,.1f} tokens/s, state {rates.state_bytes:,} bytes"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Arguments(
         prog="hybridvl generate",
-        description="Answer a prompt about images.",
+        description="Reply to prompts about images and videos.",
         epilog="example: hybridvl generate runs/digits/version_0 --image page.png --prompt 'What is on line 2?'",
     )
-    parser.add_argument("model", metavar="DIR", help="a run folder, or a folder with config.json and model.safetensors")
-    parser.add_argument("--prompt", required=True, help="what to ask")
-    parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a picture; repeat the flag for more, in order"
-    )
-    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="longest answer (default 64)")
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="0 takes the most likely token (default), more draws",
-    )
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="draw among this share of probability")
-    parser.add_argument("--seed", type=int, default=None, help="seed of the draws")
-    parser.add_argument("--device", type=_device, default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    add = parser.add_argument
+    add("model", metavar="DIR", help="a run folder, or a model folder: ours, Qwen2.5-VL's or InfiniteVL's")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="what to ask; repeat it for a batch")
+    add("--prompt-file", metavar="FILE", help="prompts, one a line ('-' reads standard input)")
+    add("--system", metavar="TEXT", help="the system turn (default: the one of the model's folder)")
+    media: dict[str, Any] = {"action": "append", "dest": "media", "default": [], "metavar": "FILE"}
+    add("--image", type=_image, help="a picture; images and videos come before the prompt, in this order", **media)
+    add("--video", type=_video, help="a video", **media)
+    add("--fps", type=float, metavar="X", help="frames per second that are taken from videos")
+    add("--max-new-tokens", type=int, default=64, metavar="N", help="longest reply (default 64)")
+    greedy = "0 takes the most likely token (default), more draws"
+    add("--temperature", type=float, default=0.0, metavar="X", help=greedy)
+    add("--top-k", type=int, default=0, metavar="N", help="draw among the N most likely tokens (0: all)")
+    add("--top-p", type=float, default=1.0, metavar="X", help="draw among this share of probability")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 avoids tokens already there")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end a reply before this text; may be repeated")
+    add("--seed", type=int, default=None, help="seed of the draws")
+    add("--chunk", type=int, default=PREFILL_CHUNK, metavar="N", help="prompt tokens at a time (default %(default)s)")
+    add("--max-context", type=int, metavar="N", help="refuse prompts of more tokens")
+    add("--dtype", choices=DTYPES, help="of the weights (default: as saved)")
+    add("--device", type=_device, default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    add("--quiet", action="store_true", help="no line of rates on standard error")
     return parser
+
+
+def _image(path: str) -> tuple[str, str]:
+    return "image", path
+
+
+def _video(path: str) -> tuple[str, str]:
+    return "video", path
 
 
 def _device(name: str) -> str:
