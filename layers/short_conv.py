@@ -31,6 +31,14 @@ class ShortConv(nn.Module):
         if self.bias is not None:
             nn.init.uniform_(self.bias, -bound, bound)
 
+    @torch.no_grad()
+    def pass_through(self) -> None:
+        """Weights that hand on the current token alone: y = silu(x)."""
+        self.weight.zero_()
+        self.weight[:, :, -1] = 1
+        if self.bias is not None:
+            self.bias.zero_()
+
     def forward(self, x: Tensor, sequence: Sequence, state: Tensor | None) -> Tensor:
         """Convolve aligned x (B, T, D), see `RowMixer`; state (B, D, W) holds the last W real inputs, oldest first."""
         initial = None if state is None else readable(state).to(x.dtype)

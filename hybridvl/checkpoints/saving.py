@@ -17,6 +17,7 @@ from hybridvl.checkpoints.origin import Origin, origin_of
 from hybridvl.checkpoints.tensor_files import INDEX, WEIGHTS
 from hybridvl.checkpoints.tensor_writing import in_file_order, make_header, make_index, split_shards, tensors_writer
 from hybridvl.layers import ConfigError
+from hybridvl.models.config import ModelConfig
 from hybridvl.models.vlm import VisionLanguageModel
 
 SHARD_SIZE = "5GB"
@@ -62,7 +63,7 @@ def _writers(
     format: Format, model: VisionLanguageModel, tensors: Mapping[str, Tensor], max_shard_size: int | str
 ) -> dict[str, Callable[[Path], object]]:
     """The files of a model in the layout of transformers."""
-    values = _config_values(format, model)
+    values = config_values(format, model.config)
     if format.dtype_key is not None:
         dtype = tensors["decoder.embed_tokens.weight"].dtype
         values = {**values, format.dtype_key: str(dtype).removeprefix("torch.")}
@@ -77,14 +78,14 @@ def _writers(
     return {**files, "config.json": text_writer(json.dumps(values, indent=2, sort_keys=True) + "\n")}
 
 
-def _config_values(format: Format, model: VisionLanguageModel) -> dict[str, Any]:
-    """config.json of a format; reading it again must give the model's own configuration."""
+def config_values(format: Format, config: ModelConfig) -> dict[str, Any]:
+    """config.json of a format, without the dtype; ConfigError unless reading it again gives the same configuration."""
     if format.write_config is None:
         known = ", ".join(name for name, entry in FORMATS.items() if entry.write_config is not None)
         raise ConfigError(f"format: {format.name!r} is only read; expected one of {known}")
-    values = format.write_config(model.config)
-    again = format.read_config(values, model.config.tie_embeddings, f"format {format.name!r}")
-    lost = lost_options(model.config, again, format.ignored)
+    values = format.write_config(config)
+    again = format.read_config(values, config.tie_embeddings, f"format {format.name!r}")
+    lost = lost_options(config, again, format.ignored)
     if lost:
         raise ConfigError(f"format {format.name!r} cannot express {'; '.join(lost)}")
     return values

@@ -13,6 +13,8 @@ import yaml
 from rich.console import Console
 
 from hybridvl.checkpoints import open_checkpoint
+from hybridvl.checkpoints.formats import FORMATS
+from hybridvl.checkpoints.saving import config_values
 from hybridvl.cli.arguments import Arguments
 from hybridvl.cli.mixer_flags import take_mixer_flags
 from hybridvl.conversion import Report, prepare
@@ -22,7 +24,7 @@ from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.inherit import INHERIT
 
 _DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
-_FORMATS = ("hybridvl", "qwen2_5_vl", "infinitevl")
+_WRITTEN = [name for name, format in FORMATS.items() if format.write_config is not None]
 _PLAIN_WIDTH = 10_000  # columns when the output is a file or a pipe: tables take what they need
 
 
@@ -41,10 +43,12 @@ def main(argv: Sequence[str]) -> int:
     if options.out is not None:
         check_folder(Path(options.out), checkpoint.folder, options.force)
     conversion = prepare(checkpoint, options.pattern, options.inherit, mixers, layers)
+    config_values(FORMATS[options.format], conversion.config)  # before any work: can the format express it?
     if options.json != "-":
         _print(conversion.report, options.details)
     if not options.dry_run:
-        model = conversion.model(options.seed, None if options.dtype is None else _DTYPES[options.dtype])
+        dtype = None if options.dtype is None else _DTYPES[options.dtype]
+        model = conversion.model(options.seed, dtype, options.pass_convs)
         copied = write_folder(model, Path(options.out), checkpoint.folder, options.format, options.force)
         if options.json != "-":
             besides = f", with {', '.join(copied)}" if copied else ""
@@ -81,9 +85,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N,N-N,...",
         help="the source's layer that each layer of the pattern follows; default: the one of the same number",
     )
+    parser.add_argument(
+        "--pass-convs", action="store_true", help="new short convolutions hand on the current token; default: random"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of new weights (default 0)")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the new model; default: the source's")
-    parser.add_argument("--format", choices=_FORMATS, default="hybridvl", help="of the folder (default hybridvl)")
+    parser.add_argument("--format", choices=_WRITTEN, default="hybridvl", help="of the folder (default hybridvl)")
     parser.add_argument("--force", action="store_true", help="replace the model of a folder that is not empty")
     parser.add_argument("--dry-run", action="store_true", help="print the report, write nothing")
     parser.add_argument("--details", action="store_true", help="tensor by tensor, for every kind of new layer")

@@ -19,6 +19,7 @@ from hybridvl.conversion.report import Report
 from hybridvl.conversion.target import source_layers, target_config
 from hybridvl.layers import ConfigError, MixerConfig
 from hybridvl.layers.inherit import Piece, inherit_weights, inherited_pieces, mixer_tensors
+from hybridvl.layers.short_conv import ShortConv
 from hybridvl.models.config import ModelConfig
 from hybridvl.models.vlm import VisionLanguageModel, init_weights
 
@@ -41,7 +42,7 @@ class Conversion:
     pieces: tuple[tuple[Piece, ...], ...]
     report: Report
 
-    def model(self, seed: int = 0, dtype: torch.dtype | None = None) -> VisionLanguageModel:
+    def model(self, seed: int = 0, dtype: torch.dtype | None = None, pass_convs: bool = False) -> VisionLanguageModel:
         """The new model, in eval mode, on the CPU.
 
         Copied tensors stay mapped from the source's files until they are written to or cast. What is new is drawn
@@ -51,6 +52,7 @@ class Conversion:
             seed: of the new weights.
             dtype: of the parameters (what a mixer keeps in float32 stays so); None keeps the source's, which new
                 weights get as well.
+            pass_convs: see `convert`.
         """
         with torch.device("meta"):
             model = VisionLanguageModel(self.config)
@@ -63,12 +65,14 @@ class Conversion:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for layer, mixer in enumerate(model.mixer_configs):
-                own = self._mixer(layer, mixer, tensors[EMBEDDING].dtype, seen)
+                own = self._mixer(layer, mixer, tensors[EMBEDDING].dtype, pass_convs, seen)
                 tensors |= {mixer_prefix(layer) + name: tensor for name, tensor in own.items()}
         model.load_state_dict(tensors, assign=True)
         return model.to(dtype=dtype).eval()
 
-    def _mixer(self, layer: int, config: MixerConfig, dtype: torch.dtype, seen: set[str]) -> dict[str, Tensor]:
+    def _mixer(
+        self, layer: int, config: MixerConfig, dtype: torch.dtype, pass_convs: bool, seen: set[str]
+    ) -> dict[str, Tensor]:
         pieces = self.pieces[layer]
         source = _MixerTensors(self.checkpoint, mixer_prefix(self.follows[layer]))
         shapes = {name: tuple(tensor.shape) for name, tensor in mixer_tensors(config, self.config.width).items()}
@@ -77,6 +81,9 @@ class Conversion:
             return {name: _unshared(self.checkpoint, source.prefix + whole[name], seen) for name in shapes}
         fresh = config.build(self.config.width)
         fresh.apply(partial(init_weights, std=self.config.init_std))
+        for module in fresh.modules() if pass_convs else ():
+            if isinstance(module, ShortConv):
+                module.pass_through()
         fresh.to(dtype)
         inherit_weights(fresh, pieces, source)
         return {name: tensor.detach() for name, tensor in fresh.state_dict().items()}
@@ -90,6 +97,7 @@ def convert(
     layers: Sequence[int] | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = None,
+    pass_convs: bool = False,
 ) -> tuple[VisionLanguageModel, Report]:
     """A model of another layer pattern with a checkpoint's weights wherever they have a place.
 
@@ -105,6 +113,8 @@ def convert(
             number, which needs as many layers as the source has.
         seed: of new weights.
         dtype: of the parameters; None keeps the source's.
+        pass_convs: new short convolutions hand on the current token instead of being random, so that what is inherited
+            is not scrambled by them.
 
     Returns:
         the model, in eval mode, and the report.
@@ -113,7 +123,7 @@ def convert(
         ConfigError: a mistake in the arguments, a damaged source, numbers of heads that do not divide.
     """
     conversion = prepare(open_checkpoint(source), pattern, inherit, mixers, layers)
-    return conversion.model(seed, dtype), conversion.report
+    return conversion.model(seed, dtype, pass_convs), conversion.report
 
 
 def prepare(

@@ -105,6 +105,19 @@ def test_from_transformers_to_an_answer(source: Path, tmp_path: Path, capsys: py
     assert main(["generate", str(out), "--prompt", "2 + 2?", "--max-new-tokens", "3"]) == 0
 
 
+@pytest.mark.parametrize(("pattern", "format"), [("swa gdn*3", "infinitevl"), ("full*2 swa*2", "qwen2_5_vl")])
+def test_other_formats(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pattern: str, format: str
+) -> None:
+    converted(capsys, source, "--pattern", pattern, "--out", tmp_path / "own")
+    converted(capsys, source, "--pattern", pattern, "--out", tmp_path / "theirs", "--format", format)
+    own, theirs = (hybridvl.load(tmp_path / name) for name in ("own", "theirs"))
+    assert own.mixer_configs == theirs.mixer_configs
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in own.state_dict().items())
+    kind = json.loads((tmp_path / "theirs" / "config.json").read_text())["model_type"]
+    assert kind == {"infinitevl": "infinite_vl", "qwen2_5_vl": "qwen2_5_vl"}[format]
+
+
 def test_without_writing(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(tmp_path.iterdir())
     shown = converted(capsys, source, "--pattern", "gdn*4", "--dry-run", "--details")
@@ -183,6 +196,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[Any], message: s
         (["--pattern", "swa*4", "--layers", "0-x"], "--layers: '0-x'; expected numbers and ranges of layers"),
         (["--pattern", "swa*4", "--inherit", "all"], "invalid choice: 'all'"),
         (["--pattern", "swa*4", "--format", "onnx"], "invalid choice: 'onnx'"),
+        (["--pattern", "swa gdn*3", "--format", "qwen2_5_vl"], "format 'qwen2_5_vl': layer 1 is gdn, which it cannot"),
         ([], "the following arguments are required: --pattern"),
     ],
 )

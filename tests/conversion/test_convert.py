@@ -15,7 +15,7 @@ import hybridvl
 from hybridvl.checkpoints import open_checkpoint
 from hybridvl.conversion import Conversion, Report, convert, prepare
 from hybridvl.conversion.target import default_options, target_config
-from hybridvl.layers import ConfigError
+from hybridvl.layers import ConfigError, Sequence
 from hybridvl.layers.gdn import GatedDeltaNetConfig
 from hybridvl.layers.swa import SlidingWindowConfig
 from hybridvl.models.config import ModelConfig, VisionConfig
@@ -163,6 +163,20 @@ def test_only_what_is_inherited_differs_between_inheritances(folder: Path) -> No
     assert all(torch.equal(tensor, other[name]) for name, tensor in again.state_dict().items())
     reseeded, _ = convert(folder, "(gdn mamba2)@4", seed=4)
     assert not torch.equal(reseeded.state_dict()["decoder.layers.0.mixer.A_log"], other["decoder.layers.0.mixer.A_log"])
+
+
+@torch.no_grad()
+def test_convolutions_that_pass(folder: Path) -> None:
+    plain, passing = (convert(folder, "(gdn mamba2)@4", pass_convs=way)[0] for way in (False, True))
+    own, other = plain.state_dict(), passing.state_dict()
+    differing = {name for name, tensor in own.items() if not torch.equal(tensor, other[name])}
+    assert differing == {name for name in own if "conv1d" in name}
+    x = torch.randn(1, 9, 64)
+    conv = passing.decoder.layers[0].mixer.q_conv1d
+    torch.testing.assert_close(conv(x, Sequence(), None), torch.nn.functional.silu(x))
+    with_bias = passing.decoder.layers[1].mixer.conv1d
+    x = torch.randn(1, 9, len(with_bias.weight))
+    torch.testing.assert_close(with_bias(x, Sequence(), None), torch.nn.functional.silu(x))
 
 
 def test_the_global_generator_is_left_alone(folder: Path) -> None:
