@@ -64,6 +64,7 @@ class HybridVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: HybridVLCache | None = None,
         inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
@@ -83,10 +84,8 @@ class HybridVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits, and the loss where labels are given; see `VisionLanguageModel` for the inputs.
 
-        There are no position_ids: they follow from the grids, the mask and the cache, and what transformers'
-        `generate` would pass is made for text alone.
-
-        attention_mask: (B, T), or (B, seen + T) with a cache, of which the last T columns count. past_key_values: the
+        attention_mask: (B, T), or (B, seen + T) with a cache, of which the last T columns count. position_ids:
+        (3, B, T); by default they follow from the grids, the mask and the cache. past_key_values: the
         cache of an earlier output, updated in place. inputs_embeds: (B, T, D) in place of input_ids, for text alone.
         labels: (B, T), -100 where there is nothing to predict; shifted here. num_items_in_batch: by what the summed
         loss is divided; None takes the mean. use_cache: return a cache. logits_to_keep: how many of the last positions
@@ -102,10 +101,13 @@ class HybridVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         visuals = (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         cache = self._cache(past_key_values, use_cache, inputs_embeds if input_ids is None else input_ids)
         embeds, grids = self._embed(input_ids, inputs_embeds, *visuals, second_per_grid_ts, cache)
-        ids = torch.zeros(embeds.shape[:2], dtype=torch.int64) if input_ids is None else input_ids
         mask = None if attention_mask is None else _new_columns(attention_mask, embeds, cache)
+        if position_ids is None:
+            ids = embeds.new_zeros(embeds.shape[:2], dtype=torch.int64) if input_ids is None else input_ids
+            start = None if cache is None else cache.state.next_position
+            position_ids = rope_positions(position_rules(self.net.config), ids, grids, mask, cu_seqlens, start)
         collected: list[Tensor] | None = [] if output_hidden_states else None
-        hidden = self._decode(ids.to(embeds.device), embeds, grids, mask, cu_seqlens, cache, collected)
+        hidden = self._decode(embeds, position_ids, mask, cu_seqlens, cache, collected)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         head = self.get_output_embeddings()  # called, not only its weight used: it may have become a LoRA layer
         logits = F.linear(hidden[:, kept], self.net.lm_head_weight) if head is None else head(hidden[:, kept])
@@ -190,26 +192,25 @@ class HybridVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _decode(
         self,
-        input_ids: Tensor,
         embeds: Tensor,
-        grids: VisualGrids,
+        position_ids: Tensor,
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
         cache: HybridVLCache | None,
         collected: list[Tensor] | None,
     ) -> Tensor:
-        state = None if cache is None else cache.state
-        start = None if state is None else state.next_position
-        positions = rope_positions(position_rules(self.net.config), input_ids, grids, mask, cu_seqlens, start)
-        length = input_ids.shape[1]
+        """Hidden states (B, T, D); the cache, if there is one, has seen the tokens afterwards."""
+        state, length = None if cache is None else cache.state, embeds.shape[1]
+        # Prompts go in pieces, as in `VisionLanguageModel.generate`, unless a backward pass or the layers' outputs are
+        # wanted of the whole.
         whole = cache is None or cu_seqlens is not None or collected is not None or torch.is_grad_enabled()
         chunk = max(length, 1) if whole else PREFILL_CHUNK
         pieces = []
         for begin in range(0, max(length, 1), chunk):
-            piece = slice(begin, begin + chunk)
-            part = None if mask is None else mask[:, piece]
+            part = slice(begin, begin + chunk)
+            here = None if mask is None else mask[:, part]
             pieces.append(
-                self.net.run_decoder(embeds[:, piece], positions[:, :, piece], part, cu_seqlens, state, collected)
+                self.net.run_decoder(embeds[:, part], position_ids[..., part], here, cu_seqlens, state, collected)
             )
         if cache is not None:
             cache.seen += length
@@ -226,6 +227,7 @@ class HybridVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         video_grid_thw: Tensor | None = None,
         second_per_grid_ts: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         past_key_values: HybridVLCache | None = None,
@@ -258,12 +260,18 @@ class HybridVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             visuals = repeat_visuals(self.net.config, input_ids, visuals, expand_size)
             rows = {name: None if t is None else t.repeat_interleave(expand_size, 0) for name, t in rows.items()}
             input_ids = input_ids.repeat_interleave(expand_size, 0)
-        return input_ids, {name: v for name, v in {**rows, **visuals, **others}.items() if v is not None}
+            position_ids = None if position_ids is None else position_ids.repeat_interleave(expand_size, 1)
+        inputs = {**rows, **visuals, **others, "position_ids": position_ids}
+        return input_ids, {name: value for name, value in inputs.items() if value is not None}
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         # `generate` then makes no cache: `forward` makes ours in the first step, `generate` passes it on.
         return False
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> None:
+        # What `generate` would make suits text alone. Ours follow from the grids, the mask and the state, in `forward`.
+        return None
 
     def _set_gradient_checkpointing(
         self,

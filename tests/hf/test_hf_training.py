@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_cases import CASES, Case, Wrapped
+from hf_cases import CASES, NO_VISUALS, Case, Wrapped
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
@@ -42,6 +42,21 @@ def test_loss_and_outputs(case: Case) -> None:
     torch.testing.assert_close(last[0], wanted.logits[:, -2:])
     some = model(**inputs, logits_to_keep=torch.tensor([0, 3])).logits
     torch.testing.assert_close(some, wanted.logits[:, [0, 3]])
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[5]], ids=str)
+def test_positions_given(case: Case) -> None:
+    net, inputs = case.net(), case.inputs()
+    places = torch.randint(0, 50, (3, *inputs["input_ids"].shape), generator=torch.Generator().manual_seed(0))
+    places[:, :, -1] = 50  # text at the end, as generation goes on from it: the largest, and equal on the three axes
+    model = Wrapped.wrap(net)
+    given = {**inputs, "position_ids": places}
+    assert torch.equal(model(**given).logits, net(**given).logits)
+    assert torch.equal(model.generate(**given, max_new_tokens=4), net.generate(max_new_tokens=4, **given))
+    beams = {"max_new_tokens": 4, "num_beams": 2, "bad_words_ids": NO_VISUALS}
+    assert torch.equal(model.generate(**given, **beams), model.generate(**given, **beams, use_cache=False))
+    with pytest.raises(ConfigError, match="position_ids: shape"):
+        model(**inputs, position_ids=places[0])
 
 
 def test_packed_rows() -> None:
