@@ -19,7 +19,7 @@ def read_delta_net(values: Values, tied: bool, options: dict[str, Any], place: s
     """A decoder whose layers are all Gated DeltaNet; `options` are those of the mixer that `values` do not hold."""
     require(values, "hidden_act", "silu", place)
     key_dim, value_dim = (whole(values, f"linear_{kind}_head_dim", place) for kind in ("key", "value"))
-    if key_dim < 1 or int(key_dim * (value_dim / key_dim)) != value_dim:
+    if int(key_dim * (value_dim / key_dim)) != value_dim:
         raise ConfigError(
             f"{place}: linear_key_head_dim {key_dim}; expected one that divides a multiple of {value_dim}"
         )

@@ -28,8 +28,6 @@ _OPTIONS: tuple[tuple[str, str, Any], ...] = (
 def _read_config(values: Values, tied: bool, place: str) -> ModelConfig:
     options = {ours: values.get(theirs, default) for ours, theirs, default in _OPTIONS}
     width, head_dim = whole(values, "hidden_size", place), whole({"head_dim": 64, **values}, "head_dim", place)
-    if head_dim < 1:
-        raise ConfigError(f"{place}: head_dim {head_dim}; expected at least 1")
     require(values, "num_heads", width * whole({"expand": 2, **values}, "expand", place) // head_dim, place)
     require(values, "rms_norm", True, place)
     require(values, "hidden_act", "silu", place)

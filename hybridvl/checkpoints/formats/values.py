@@ -9,10 +9,10 @@ from hybridvl.layers import ConfigError
 
 
 def whole(values: Values, key: str, place: str) -> int:
-    """A required whole number."""
+    """A required whole number of at least 1."""
     value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{place}: {key} {value!r}; expected a whole number")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{place}: {key} {value!r}; expected a whole number of at least 1")
     return value
 
 
