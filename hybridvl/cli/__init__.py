@@ -27,7 +27,7 @@ _COMMANDS = {
     "validate": _Command("hybridvl.cli.training", ("validate",), "teacher-forced accuracy of a checkpoint"),
     "test": _Command("hybridvl.cli.training", ("test",), "score generated replies of a checkpoint"),
     "predict": _Command("hybridvl.cli.training", ("predict",), "write the replies of a checkpoint to a file"),
-    "generate": _Command("hybridvl.cli.generate", (), "answer a prompt about images with a trained model"),
+    "generate": _Command("hybridvl.cli.generate", (), "reply to prompts about images and videos"),
     "convert": _Command("hybridvl.cli.convert", (), "turn a checkpoint into a model of another layer pattern"),
     "plan": _Command("hybridvl.cli.plan", (), "parameters, FLOPs and state bytes of layer patterns, side by side"),
     "doctor": _Command("hybridvl.cli.doctor", (), "versions, devices, and which operator backends are used"),

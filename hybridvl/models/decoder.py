@@ -22,8 +22,8 @@ class ModelState(State):
 
     layers: the state of every layer's mixer. length: (B,) int64, real tokens seen. rope_delta: (B,) int64, what must
     be added to `length` to get the position of the next token, since an image takes fewer positions than tokens. A
-    call goes on one past the largest position so far; only "v523" videos at the very end of a call would go on
-    elsewhere within one call, so cut such prompts elsewhere or pass position_ids.
+    call goes on one past the largest position so far. Within one call the same holds but for "v523" videos that reach
+    further than the text after them: there, cut a prompt before the video or pass position_ids.
     """
 
     layers: list[State]
