@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from hybridvl.layers.inherit import INHERIT
 
 _DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 _WRITTEN = [name for name, format in FORMATS.items() if format.write_config is not None]
+_LAYER = re.compile(r"[0-9]{1,4}")
 _PLAIN_WIDTH = 10_000  # columns when the output is a file or a pipe: tables take what they need
 
 
@@ -35,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(rest)
     if options.out is None and not options.dry_run:
         parser.error("--out is required, unless with --dry-run")
+    if options.json not in (None, "-"):
+        _check_json(options.json)
     mixers = _mixers_file(options.mixers)
     for name, given in flags.items():
         mixers[name] = {**_mapping(mixers.get(name, {}), f"{options.mixers}: {name}"), **given}
@@ -119,7 +123,7 @@ def _layer_numbers(text: str) -> list[int]:
     numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not (first.isdecimal() and (last.isdecimal() or not dash)):
+        if not (_LAYER.fullmatch(first) and (_LAYER.fullmatch(last) or not dash) and int(first) <= int(last or first)):
             raise ConfigError(f"--layers: {part!r}; expected numbers and ranges of layers, such as 0-3,8,9")
         numbers += range(int(first), int(last or first) + 1)
     return numbers
@@ -136,12 +140,19 @@ def _print(report: Report, details: bool) -> None:
         console.print(line, highlight=False, markup=False)
 
 
+def _check_json(path: str) -> None:
+    """Raise ConfigError unless a file can be written there; its folder is made."""
+    if Path(path).is_dir():
+        raise ConfigError(f"{path}: is a folder; expected the name of a file to write")
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
+
+
 def _write_json(report: Report, path: str) -> None:
     text = json.dumps(report.to_dict(), indent=2)
     if path == "-":
         print(text)
         return
-    if Path(path).is_dir():
-        raise ConfigError(f"{path}: is a folder; expected the name of a file to write")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(text + "\n", encoding="utf-8")

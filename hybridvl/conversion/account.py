@@ -12,6 +12,7 @@ from hybridvl.conversion.ledger import Ledger, runs
 from hybridvl.conversion.report import Counts, Inherited, LayerReport, Report, TensorReport
 from hybridvl.layers import MixerConfig
 from hybridvl.layers.inherit import Piece, same_weights
+from hybridvl.layers.parallel import ParallelConfig
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.pattern import parse_pattern
 
@@ -121,10 +122,14 @@ def _left(ledger: Ledger, shapes: Mapping[str, tuple[int, ...]], prefix: str) ->
 def _how(before: MixerConfig, after: MixerConfig, inherits: bool) -> str:
     if not same_weights(after, before):
         return "inherited" if inherits else "new"
-    window = getattr(before, "window", None) != getattr(after, "window", None)
-    others = [
-        field.name
-        for field in dataclasses.fields(after)
-        if field.name not in ("window", "backend") and getattr(before, field.name, None) != getattr(after, field.name)
-    ]
-    return "options" if others else "window" if window else "copied"
+    changed = _changes(before, after)
+    return "options" if changed - {"window"} else "window" if changed else "copied"
+
+
+def _changes(before: MixerConfig, after: MixerConfig) -> set[str]:
+    """The options in which two layers of the same weights differ."""
+    if isinstance(before, ParallelConfig) and isinstance(after, ParallelConfig):
+        pairs = zip(before.branches, after.branches, strict=True)
+        return set().union(*(_changes(*pair) for pair in pairs))
+    names = {field.name for config in (before, after) for field in dataclasses.fields(config)} - {"backend"}
+    return {name for name in names if getattr(before, name, None) != getattr(after, name, None)}

@@ -119,7 +119,7 @@ def _merged(defaults: Options, mixers: Mapping[str, Any], place: str) -> Options
             raise ConfigError(f"{place}.{name}: {given!r}; expected a mapping of options")
         base = defaults.get(name, {})
         kind = given.get("type")
-        if kind is not None and kind != base.get("type", name):
+        if isinstance(kind, str) and kind != base.get("type", name):
             # Another name for a registered mixer: sized like it. Other types bring their own defaults.
             base = defaults.get(kind, {}) if kind in MIXERS and "type" not in defaults.get(kind, {}) else {}
         merged[name] = {**base, **given}

@@ -194,6 +194,10 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[Any], message: s
         (["--pattern", "swa*4", "--mixer.swa.window", "["], "--mixer.swa.window '[': not valid YAML"),
         (["--pattern", "swa*4", "--mixers", "none.yaml"], "none.yaml: [Errno 2]"),
         (["--pattern", "swa*4", "--layers", "0-x"], "--layers: '0-x'; expected numbers and ranges of layers"),
+        (["--pattern", "swa*4", "--layers", "0-99999999999"], "--layers: '0-99999999999'; expected numbers"),
+        (["--pattern", "swa*4", "--layers", "3-0"], "--layers: '3-0'; expected numbers"),
+        (["--pattern", "swa*4", "--json", "."], ".: is a folder; expected the name of a file to write"),
+        (["--pattern", "swa*4", "--mixer.swa.type", "[1]"], "mixers.swa.type = [1]: expected the name"),
         (["--pattern", "swa*4", "--inherit", "all"], "invalid choice: 'all'"),
         (["--pattern", "swa*4", "--format", "onnx"], "invalid choice: 'onnx'"),
         (["--pattern", "swa gdn*3", "--format", "qwen2_5_vl"], "format 'qwen2_5_vl': layer 1 is gdn, which it cannot"),
@@ -206,6 +210,12 @@ def test_mistakes(published: Path, capsys: pytest.CaptureFixture[str], arguments
 
 def test_mistakes_in_files(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, [source, "--pattern", "swa*4"], "--out is required, unless with --dry-run")
+    refused(
+        capsys, [source, "--pattern", "gdn*4", "--out", tmp_path / "out", "--seed", -1], "seed: -1; expected a whole"
+    )
+    refused(
+        capsys, [source, "--pattern", "swa*4", "--dry-run", "--json", source / "README.md" / "x"], "cannot be written"
+    )
     refused(capsys, [tmp_path / "none", "--pattern", "swa*4", "--dry-run"], "no such folder")
     mixers = tmp_path / "mixers.yaml"
     for text, message in (

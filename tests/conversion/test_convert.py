@@ -51,6 +51,18 @@ def test_the_same_pattern_is_the_same_model(folder: Path) -> None:
     assert report.total.left == 0
 
 
+def test_layers_of_several_mixers_stay_what_they_are(tmp_path: Path) -> None:
+    source = small_model("(swa+mamba2) (full+gdn(heads=4)) swa(window=3)")
+    hybridvl.save(source, tmp_path)
+    model, report = convert(tmp_path, "swa+mamba2 full+gdn(heads=4) swa(window=3)")
+    assert all(map(torch.equal, logits(model), logits(source)))
+    assert report.total.new == report.total.left == 0
+    _, report = convert(tmp_path, "swa+mamba2(dt_max=1.0) full+gdn(heads=4, negative_eigenvalues=true) swa(rope=false)")
+    assert [layer.how for layer in report.layers] == ["options"] * 3
+    _, report = convert(tmp_path, "swa(window=5)+mamba2 full full")
+    assert [layer.how for layer in report.layers] == ["window", "new", "window"]
+
+
 @pytest.mark.parametrize("inherit", ["none", "qkvo"])
 def test_a_window_of_the_whole_row_changes_nothing(folder: Path, inherit: str) -> None:
     longest = max(row.input_ids.shape[1] for row in prompts())

@@ -54,6 +54,8 @@ class Conversion:
                 weights get as well.
             pass_convs: see `convert`.
         """
+        if not 0 <= seed < 2**63:
+            raise ConfigError(f"seed: {seed}; expected a whole number from 0 to 2**63 - 1")
         with torch.device("meta"):
             model = VisionLanguageModel(self.config)
         tensors: dict[str, Tensor] = {}
