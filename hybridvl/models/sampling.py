@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hybridvl.layers import ConfigError
+from hybridvl.layers.norms import at_least_float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +65,12 @@ class Sampler:
         """What the choice is made from: logits (B, vocab) after penalty, temperature, top-k and top-p; -inf where a
         token cannot be chosen."""
         sampling = self.sampling
+        exact = logits.to(at_least_float32(logits.dtype))
         if self._seen is not None and sampling.repetition_penalty != 1:
-            logits = penalize(logits, self._seen, sampling.repetition_penalty)
+            logits = exact = penalize(exact, self._seen, sampling.repetition_penalty)
         if sampling.temperature == 0:
             return logits
-        scores = logits.float() / sampling.temperature
+        scores = exact / sampling.temperature
         if 0 < sampling.top_k < scores.shape[-1]:
             scores = keep_top_k(scores, sampling.top_k)
         return keep_top_p(scores, sampling.top_p) if sampling.top_p < 1 else scores

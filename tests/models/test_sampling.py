@@ -88,6 +88,13 @@ def test_greedy_ignores_everything_but_the_penalty() -> None:
     assert sampler.choose(sampler.scores(logits)).tolist() == [1]
 
 
+def test_half_precision_is_left_before_the_arithmetic() -> None:
+    logits, seen = torch.tensor([[3.0, 2.984375]]).bfloat16(), torch.tensor([[True, True]])
+    sampler = Sampler(Sampling(repetition_penalty=1.003), seen, CPU)
+    assert sampler.scores(logits).tolist() == (logits.float() / 1.003).tolist()
+    assert Sampler(Sampling(temperature=0.7), None, CPU).scores(logits).dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("sampling", "wanted"),
     [
