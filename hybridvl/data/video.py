@@ -90,12 +90,16 @@ class VideoConfig:
         # Halves are rounded to even, and the spacing is computed in float32, as the published code does.
         return torch.linspace(0, total - 1, count).round().long().tolist()
 
-    def pixel_limits(self, factor: int, frames: int, temporal_patch_size: int) -> tuple[float, float]:
-        """Smallest and largest area of one frame of a clip in pixels; `factor` is the side of a merged patch."""
+    def areas(self, factor: int) -> tuple[int, int, int]:
+        """min_pixels, max_pixels and total_pixels where one token stands for factor x factor pixels."""
         area = factor**2
         high = 768 * area if self.max_pixels is None else self.max_pixels
         low = min(128 * area, high) if self.min_pixels is None else self.min_pixels
-        total = 115_200 * area if self.total_pixels is None else self.total_pixels
+        return low, high, 115_200 * area if self.total_pixels is None else self.total_pixels
+
+    def pixel_limits(self, factor: int, frames: int, temporal_patch_size: int) -> tuple[float, float]:
+        """Smallest and largest area of one frame of a clip in pixels; `factor` is the side of a merged patch."""
+        low, high, total = self.areas(factor)
         share = max(total / frames * temporal_patch_size, int(low * 1.05))
         return low, min(high, share)
 

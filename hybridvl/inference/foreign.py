@@ -22,6 +22,7 @@ BOTH_FILE = "processor_config.json"
 # What the code here always does; a folder that asks for anything else is refused. 3 is PIL's bicubic filter.
 _FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
 _SIZES = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
+_TOKEN_SHARE = 0.9  # of `max_video_tokens` that a video may fill
 _IMAGE_LIMITS = (3_136, 1_003_520)  # of the image processor's class, where the file names none
 
 _QUESTION = [{"role": "user", "content": "Q"}]
@@ -64,7 +65,30 @@ def read_settings(folder: Path) -> tuple[ImageConfig, VideoConfig]:
         )
     except (TypeError, ConfigError) as error:
         raise ConfigError(f"{image_file}: {error}") from error
-    return image_config, _video_config(videos, video_file)
+    return image_config, _video_config(videos, image_config.factor, video_file)
+
+
+def write_settings(folder: Path, images: ImageConfig, videos: VideoConfig) -> None:
+    """Write the two files from which transformers makes the same image and video processors.
+
+    Greyscale images have none: transformers' processors are for colours.
+    """
+    if images.channels != 3:
+        return
+    common = {
+        **{name: getattr(images, name) for name in _SIZES},
+        **{"image_mean": list(images.mean), "image_std": list(images.std), **_FIXED, "rescale_factor": 1 / 255},
+        "processor_class": "Qwen2_5_VLProcessor",
+    }
+    low, high = images.pixel_limits
+    own = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": low, "max_pixels": high}
+    _write(folder / IMAGE_FILE, {**own, **common})
+    low, high, total = videos.areas(images.factor)
+    own = {"video_processor_type": "Qwen2VLVideoProcessor", "size": {"shortest_edge": low, "longest_edge": high}}
+    rates = {"fps": videos.fps} if videos.frames is None else {"num_frames": videos.frames}
+    rates |= {"do_sample_frames": True, "min_frames": videos.min_frames, "max_frames": videos.max_frames}
+    budget = {"cap_pixels_per_frame": True, "max_video_tokens": round(total / images.factor**2 / _TOKEN_SHARE)}
+    _write(folder / VIDEO_FILE, {**own, **rates, **budget, **common})
 
 
 def use_template(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str | None:
@@ -99,6 +123,32 @@ def use_template(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str | None
     if theirs != ours:
         raise ConfigError(f"{place}: the chat template writes {theirs!r}; expected ChatML: {ours!r}")
     return system
+
+
+def chat_template(system: str | None) -> str:
+    """ChatML with images and videos as a Jinja template, with the system turn of messages that have none."""
+    opening = "" if system is None else _turn_text("system", system)
+    return (
+        "{%- for message in messages %}"
+        "{%- if loop.first and message.role != 'system' %}{{ " + json.dumps(opening, ensure_ascii=False) + " }}{%- endif %}"
+        "{{- '<|im_start|>' + message.role + '\\n' }}"
+        "{%- if message.content is string %}{{ message.content }}"
+        "{%- else %}{%- for part in message.content %}"
+        "{%- if part.type == 'text' %}{{ part.text }}"
+        "{%- else %}{{ '<|vision_start|><|' + part.type + '_pad|><|vision_end|>' }}{%- endif %}"
+        "{%- endfor %}{%- endif %}"
+        "{{- '<|im_end|>\\n' }}"
+        "{%- endfor %}"
+        "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
+    )
+
+
+def _turn_text(role: str, text: str) -> str:
+    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]]) -> str:
@@ -142,7 +192,7 @@ def _limits(values: Mapping[str, Any], place: Path) -> tuple[int | None, int | N
     return found[0], found[1]
 
 
-def _video_config(values: Mapping[str, Any], place: Path) -> VideoConfig:
+def _video_config(values: Mapping[str, Any], factor: int, place: Path) -> VideoConfig:
     low, high = _limits(values, place)
     options = {
         name: values[key]
@@ -151,7 +201,9 @@ def _video_config(values: Mapping[str, Any], place: Path) -> VideoConfig:
     }
     try:
         longest = values.get("max_frames") or VideoConfig.max_frames
-        return VideoConfig(**options, max_frames=longest, min_pixels=low, max_pixels=high)
+        tokens = values.get("max_video_tokens")
+        total = None if tokens is None else int(tokens * factor**2 * _TOKEN_SHARE)
+        return VideoConfig(**options, max_frames=longest, min_pixels=low, max_pixels=high, total_pixels=total)
     except (TypeError, ConfigError) as error:
         raise ConfigError(f"{place}: {error}") from error
 

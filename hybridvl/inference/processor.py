@@ -17,7 +17,7 @@ from hybridvl.data.images import ImageConfig, ImageProcessor
 from hybridvl.data.tokens import load_tokenizer
 from hybridvl.data.video import VideoConfig, VideoProcessor
 from hybridvl.data.visuals import Visuals, read_visuals, token_counts
-from hybridvl.inference.foreign import has_settings, read_settings, use_template
+from hybridvl.inference.foreign import chat_template, has_settings, read_settings, use_template, write_settings
 from hybridvl.layers.errors import ConfigError
 
 FILE = "hybridvl_processor.json"
@@ -38,13 +38,20 @@ class Processor:
     videos: VideoProcessor | None = None
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files and hybridvl_processor.json into a folder."""
+        """Write the tokenizer's files and hybridvl_processor.json into a folder.
+
+        The chat template goes with the tokenizer, and preprocessor_config.json and video_preprocessor_config.json
+        beside it where images have colours, so that transformers makes the same of messages and pictures.
+        """
         settings = {
             "system": self.chat.system,
             "images": dataclasses.asdict(self.images.config),
             "videos": dataclasses.asdict(self._videos.config),
         }
+        if self.chat.tokenizer.chat_template is None:
+            self.chat.tokenizer.chat_template = chat_template(self.chat.system)
         self.chat.tokenizer.save_pretrained(str(folder))
+        write_settings(Path(folder), self.images.config, self._videos.config)
         (Path(folder) / FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @classmethod

@@ -113,6 +113,31 @@ def test_what_was_saved_is_loaded(small, tmp_path):
     assert Processor.load(tmp_path).videos.config == VideoConfig()
 
 
+@pytest.mark.parametrize("system", [None, "Say \"yes\" or 'no'.\nNothing {{ else }} \U0001f3a5é."])
+def test_transformers_makes_the_same_of_a_saved_folder(tmp_path, system):
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    images = ImageProcessor(ImageConfig(16, 2, 2, 784, 10000, mean=(0.5, 0.4, 0.3), std=(0.3, 0.2, 0.1)))
+    videos = VideoProcessor(images, VideoConfig(fps=1, min_pixels=1024, max_frames=9, total_pixels=921600))
+    Processor(ChatFormat(load_tokenizer(), system), images, videos).save(tmp_path)
+    theirs = AutoImageProcessor.from_pretrained(tmp_path)(WIDE, return_tensors="pt")
+    rows, grid = images(WIDE)
+    assert theirs["image_grid_thw"].tolist() == [list(grid)]
+    torch.testing.assert_close(rows, theirs["pixel_values"], rtol=0, atol=1e-5)
+    messages = [user("a", RED, CLIP, "b"), {"role": "assistant", "content": "c"}, user("d")]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for turns in (messages, [{"role": "system", "content": "Be brief."}, *messages]):
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert rendered == ChatFormat(load_tokenizer(), system).render(turns, generation_prompt=True)
+    (tmp_path / "hybridvl_processor.json").unlink()
+    again = Processor.load(tmp_path)
+    assert again.images.config == images.config
+    assert again.videos.config == VideoConfig(
+        fps=1, min_pixels=1024, max_pixels=768 * 32**2, max_frames=9, total_pixels=921600
+    )
+    assert again.chat.system == system
+
+
 def test_a_published_folder(folder):
     processor = Processor.load(folder)
     assert processor.images.config == ImageConfig(min_pixels=3136, max_pixels=12845056)
