@@ -127,10 +127,11 @@ def use_template(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str | None
 
 def chat_template(system: str | None) -> str:
     """ChatML with images and videos as a Jinja template, with the system turn of messages that have none."""
-    opening = "" if system is None else _turn_text("system", system)
+    opening = "" if system is None else f"<|im_start|>system\n{system}<|im_end|>\n"
+    opening = json.dumps(opening, ensure_ascii=False)  # a string of Jinja's, too
     return (
         "{%- for message in messages %}"
-        "{%- if loop.first and message.role != 'system' %}{{ " + json.dumps(opening, ensure_ascii=False) + " }}{%- endif %}"
+        "{%- if loop.first and message.role != 'system' %}{{ " + opening + " }}{%- endif %}"
         "{{- '<|im_start|>' + message.role + '\\n' }}"
         "{%- if message.content is string %}{{ message.content }}"
         "{%- else %}{%- for part in message.content %}"
@@ -141,10 +142,6 @@ def chat_template(system: str | None) -> str:
         "{%- endfor %}"
         "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
     )
-
-
-def _turn_text(role: str, text: str) -> str:
-    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
