@@ -38,6 +38,7 @@ class HybridVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # the Trainer then passes num_items_in_batch
     _is_stateful = True  # transformers refuses assisted generation, which takes tokens back
+    _supports_sdpa = True  # one of the backends that the attention mixers choose from, whatever is asked for here
     _supports_context_parallel = False
     _no_split_modules: set[str] | list[str] | None = ["Block", "VisionBlock"]  # noqa: RUF012
 

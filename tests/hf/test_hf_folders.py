@@ -92,7 +92,7 @@ def test_configuration(tmp_path: Path) -> None:
 
 def test_options_given_while_loading(tmp_path: Path) -> None:
     hybridvl.save(CASES[5].net(), tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, activation_checkpointing=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, activation_checkpointing=True, attn_implementation="sdpa")
     assert model.net.decoder.activation_checkpointing
     assert model.is_activation_checkpointing
 

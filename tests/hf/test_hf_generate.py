@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from hf_cases import CASES, NO_VISUALS, Case, Wrapped, reloaded, video_inputs
+from model_cases import DATA
+from transformers import AutoModelForImageTextToText
 
+import hybridvl
 from hybridvl.hf import modeling
 from hybridvl.hf.cache import HybridVLCache
 from hybridvl.layers import ConfigError
@@ -167,3 +170,22 @@ def test_what_a_state_cannot_do_is_refused() -> None:
         model(ids, attention_mask=torch.ones(1, 5), past_key_values=cache)
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(ids, assistant_model=Wrapped.wrap(CASES[2].net()))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+def test_a_qwen_folder_gives_what_transformers_own_class_gives(options: dict[str, int]) -> None:
+    theirs = AutoModelForImageTextToText.from_pretrained(DATA / "qwen2_5_vl_tiny")
+    ours = Wrapped.wrap(hybridvl.load(DATA / "qwen2_5_vl_tiny"))
+    config = ours.net.config
+    image, start = config.image_token_id, config.vision_start_token_id
+    ids = torch.tensor([[7, 3, start, *[image] * 6, 5, 2, 9], [0, 0, 0, 0, 8, start, *[image] * 4, 1, 4]])
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "mm_token_type_ids": (ids == image).long(),
+        "pixel_values": torch.randn(40, config.vision.patch_dim, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 6], [1, 4, 4]]),
+    }
+    options = {**options, "max_new_tokens": NEW, "bad_words_ids": [[image], [config.video_token_id]]}
+    assert torch.equal(ours.generate(**inputs, **options), theirs.generate(**inputs, **options))
