@@ -100,12 +100,13 @@ class Checkpoint:
 
     def _add(self, theirs: str) -> None:
         stored = self.files.stored[theirs]
-        for piece in self.format.pieces(self.config, theirs):
+        pieces = self.format.pieces(self.config, theirs)
+        for piece in pieces:
             if stored.shape != piece.whole:
                 raise ConfigError(f"{stored.file}: {theirs} has shape {stored.shape}, expected {piece.whole}")
             made = piece.make(torch.empty(stored.shape, dtype=stored.dtype, device="meta"))
             self._place(piece.ours, _Entry(theirs, tuple(made.shape), made.dtype, piece.make))
-        if not self.format.pieces(self.config, theirs):
+        if not pieces:
             self._place(self.format.ours(theirs) or theirs, _Entry(theirs, stored.shape, stored.dtype))
 
     def _place(self, name: str, entry: _Entry) -> None:

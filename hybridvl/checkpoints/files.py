@@ -37,7 +37,7 @@ def write_files(folder: Path, files: Mapping[str, Callable[[Path], object]], sta
     """Replace files of a folder: each is filled by its function under another name first, then all get their names.
 
     The data reach the disk before the names do, and `stale` files go last. Raises ConfigError when anything cannot be
-    written; all files then are as they were.
+    written: a full disk shows while no name has changed yet, and all files are as they were.
     """
     temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
     current = folder / next(iter(files))

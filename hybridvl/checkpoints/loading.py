@@ -77,7 +77,7 @@ def check_tensors(checkpoint: Checkpoint, model: VisionLanguageModel) -> None:
         for name in found
         if name in own and checkpoint.dtype(name) not in _WEIGHT_DTYPES
     ]
-    missing = _listed("missing", (checkpoint.spelled(name) for name in own if name not in set(found)))
+    missing = _listed("missing", (checkpoint.spelled(name) for name in own.keys() - set(found)))
     left = _listed("left over", (checkpoint.spelled(name) for name in found if name not in own))
     problems = [*missing, *left, *_cut(shapes), *_cut(dtypes)]
     if problems:

@@ -67,18 +67,20 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _names(embedding: str) -> Names:
+    return Names(
+        ("decoder.embed_tokens.", f"backbone.{embedding}."),
+        ("decoder.layers.{n}.mixer_norm.", "backbone.layers.{n}.norm."),
+        ("decoder.layers.{n}.mixer.", "backbone.layers.{n}.mixer."),
+        ("decoder.norm.", "backbone.norm_f."),
+        ("lm_head.", "lm_head."),
+    )
+
+
 MAMBA2 = Format(
     name="mamba2",
     model_types=("mamba2",),
-    spellings=(
-        Names(
-            ("decoder.embed_tokens.", "backbone.embeddings."),
-            ("decoder.layers.{n}.mixer_norm.", "backbone.layers.{n}.norm."),
-            ("decoder.layers.{n}.mixer.", "backbone.layers.{n}.mixer."),
-            ("decoder.norm.", "backbone.norm_f."),
-            ("lm_head.", "lm_head."),
-        ),
-    ),
+    spellings=(_names("embeddings"), _names("embedding")),
     read_config=_read_config,
     write_config=_write_config,
     ignored=frozenset(
