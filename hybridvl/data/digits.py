@@ -146,10 +146,11 @@ class DigitSource(Source):
             done = max(0.0, (epoch / self.task.growth - 0.1) / 0.9)
             most = 1 + int(done * (most_rows * most_columns - 1))
             sizes = [(r, c) for r in range(1, most_rows + 1) for c in range(1, most_columns + 1) if r * c <= most]
-            size = sizes[rng.integers(len(sizes))]
+            rows, columns = sizes[rng.integers(len(sizes))]
         else:
-            size = (rng.integers(fewest_rows, most_rows + 1), rng.integers(fewest_columns, most_columns + 1))
-        return rng.choice(scan_splits()[self.split], size=size)
+            rows = int(rng.integers(fewest_rows, most_rows + 1))
+            columns = int(rng.integers(fewest_columns, most_columns + 1))
+        return rng.choice(scan_splits()[self.split], size=(rows, columns))
 
     def _questions(self, labels: NDArray[np.int64], turns: int, rng: np.random.Generator) -> list[tuple[str, str, str]]:
         """Different questions (kind, question, answer); fewer than `turns` when the page has no more."""
