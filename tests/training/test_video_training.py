@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import av
 import datasets
-import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
+from video_cases import write_video
 
 from hybridvl.data.images import ImageConfig
 from hybridvl.data.messages import MessageData
@@ -27,28 +27,15 @@ from hybridvl.training.supervised import SupervisedTuning
 IMAGE, VIDEO = 6, 7
 
 
-def write_clip(path: Path, frames: int) -> None:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=4)
-        stream.width = stream.height = 16
-        stream.pix_fmt = "yuv420p"
-        for number in range(frames):
-            frame = av.VideoFrame.from_ndarray(np.full((16, 16, 3), 20 * number, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
 @pytest.fixture
 def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Two questions about each of six clips, half of them after a picture."""
-    from PIL import Image
-
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.disable_progress_bars()
     Image.new("L", (8, 16), 100).save(tmp_path / "picture.png")
     lines = []
     for number in range(6):
-        write_clip(tmp_path / f"{number}.mp4", 4 + number)
+        write_video(tmp_path / f"{number}.mp4", 4 + number, 4, size=(16, 16), codec="mpeg4")
         parts = [{"type": "video", "video": f"{number}.mp4"}, {"type": "text", "text": "How many?"}]
         parts[:0] = [{"type": "image", "image": "picture.png"}] * (number % 2)
         again: Any = [{"type": "text", "text": "Again?"}, {"type": "video", "video": "0.mp4"}]
