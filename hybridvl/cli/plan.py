@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from hybridvl.checkpoints.folders import read_config
+from hybridvl.checkpoints import read_config
 from hybridvl.cli.arguments import Arguments
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.config import ModelConfig, VisionConfig

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 from torch.optim import Optimizer
 
-from hybridvl.checkpoints.folders import check_same_model
+from hybridvl.checkpoints import check_same_model
 from hybridvl.data.module import ChatDataModule
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.config import ModelConfig

@@ -19,7 +19,7 @@ from model_cases import DATA, IMAGE, prompts, relative_error, small_config, smal
 from safetensors.torch import load_file, save_file
 
 import hybridvl
-from hybridvl.checkpoints.folders import check_same_model, load_weights, read_config
+from hybridvl.checkpoints import check_same_model, load_weights, read_config
 from hybridvl.layers import ConfigError
 from hybridvl.models.vlm import VisionLanguageModel
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from hybridvl.checkpoints.folders import save
+from hybridvl.checkpoints import save
 from hybridvl.data.module import ChatDataModule
 from hybridvl.inference.processor import Processor
 from hybridvl.training.supervised import SupervisedTuning
