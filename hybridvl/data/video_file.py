@@ -63,7 +63,6 @@ class VideoFile:
         wanted = iter(indices)
         index = next(wanted, None)
         with self._opened() as (container, stream):
-            stream.thread_type = "AUTO"
             for number, frame in enumerate(container.decode(stream)):
                 if index is None:
                     return
@@ -84,7 +83,8 @@ class VideoFile:
 
         source = io.BytesIO(self._source) if isinstance(self._source, bytes) else str(self._source)
         try:
-            with av.open(source) as container:
+            # Titles and the like need not be in UTF-8.
+            with av.open(source, metadata_errors="replace") as container:
                 pictures = av.stream.Disposition.attached_pic
                 streams = [stream for stream in container.streams.video if not stream.disposition & pictures]
                 name = container.format.name
@@ -93,6 +93,8 @@ class VideoFile:
                 yield container, streams[0]
         except av.FFmpegError as error:
             raise self._error(error.strerror or type(error).__name__) from error
+        except IndexError as error:  # PyAV's own, of a packet of a stream that the header does not name
+            raise self._error("it is damaged") from error
 
     def _error(self, reason: str) -> ConfigError:
         return ConfigError(f"{self._where}: video {self._name} cannot be read: {reason}")

@@ -59,6 +59,29 @@ def test_damaged_frames_are_named(tmp_path):
         list(VideoFile(path, "clip").read(range(100)))
 
 
+@pytest.mark.parametrize(("name", "codec"), [("a.mkv", "libx264"), ("b.ts", "libx264"), ("c.mp4", "mpeg4")])
+def test_bytes_changed_at_random_are_read_or_refused(tmp_path, name, codec):
+    whole = write_video(tmp_path / name, 20, 10, codec=codec).read_bytes()
+    random, refused = np.random.default_rng(0), 0
+    for case in range(40):
+        data = bytearray(whole)
+        for place in random.integers(0, len(data) if case % 2 else 600, 1 + case):
+            data[place] = random.integers(256)
+        try:
+            file = VideoFile(bytes(data))
+            assert len(list(file.read([0, file.frames - 1]))) == 2
+        except ConfigError:
+            refused += 1
+    assert 0 < refused < 40
+
+
+def test_titles_in_other_encodings_do_not_matter(tmp_path):
+    path = write_video(tmp_path / "a.mkv", 10, 5, title="Sommer")
+    data = path.read_bytes()
+    assert b"Sommer" in data
+    assert VideoFile(data.replace(b"Sommer", b"S\xf6mmer")).frames == 10
+
+
 def test_what_is_no_video_is_named(tmp_path):
     image = Image.new("RGB", (64, 64))
     image.save(tmp_path / "picture.png")
