@@ -34,6 +34,8 @@ class GatedDeltaNetConfig(MixerConfig):
         gate: gate the normed output by silu of a projection of the input.
         negative_eigenvalues: beta in (0, 2) instead of (0, 1), so that the state can swing (arXiv 2411.12537).
         norm_eps: epsilon of the output norm.
+        dt_min, dt_max: range of the initial step sizes: at first the state forgets exp(-dt) to exp(-16 dt) a token, and
+            training is slow to unlearn that. dt_floor: their least value.
         backend: implementation of the gated delta rule, and of the convolutions where they have it.
     """
 
@@ -45,12 +47,16 @@ class GatedDeltaNetConfig(MixerConfig):
     gate: bool = True
     negative_eigenvalues: bool = False
     norm_eps: float = 1e-5
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    dt_floor: float = 1e-4
     backend: str = "auto"
 
     def __post_init__(self) -> None:
         check_types(self)
         expect_at_least(self, 1, "heads", "head_dim", "conv_width")
-        expect_positive(self, "norm_eps", "expand_v")
+        expect_positive(self, "norm_eps", "expand_v", "dt_min", "dt_max", "dt_floor")
+        expect(self, "dt_max", self.dt_max >= self.dt_min, f"at least dt_min = {self.dt_min}")
         shared = self.value_heads is None or (self.value_heads > 0 and self.value_heads % self.heads == 0)
         expect(self, "value_heads", shared, f"a multiple of heads = {self.heads}, or null")
         whole = float(self.head_dim * self.expand_v).is_integer()
@@ -142,7 +148,8 @@ class GatedDeltaNet(Float32Parameters, RowMixer):
 
     def reset_parameters(self) -> None:
         """Initial values of A_log and dt_bias."""
-        init_decay(self.A_log, self.dt_bias)
+        config = self.config
+        init_decay(self.A_log, self.dt_bias, dt_range=(config.dt_min, config.dt_max), dt_floor=config.dt_floor)
 
     def mix(self, x: Tensor, sequence: Sequence, state: State | None) -> Tensor:
         """See `RowMixer.mix`."""

@@ -41,6 +41,8 @@ REFUSED = [
     (GatedDeltaNetConfig, {"conv_width": 0}, "gdn.conv_width = 0: expected an integer of at least 1"),
     (GatedDeltaNetConfig, {"norm_eps": float("nan")}, "gdn.norm_eps = nan: expected a number above 0"),
     (GatedDeltaNetConfig, {"backend": "sdpa"}, "gdn.backend = 'sdpa': expected one of auto, fla, reference, torch"),
+    (GatedDeltaNetConfig, {"dt_max": 1e-5}, "gdn.dt_max = 1e-05: expected at least dt_min = 0.001"),
+    (GatedDeltaNetConfig, {"dt_min": 0.0}, "gdn.dt_min = 0.0: expected a number above 0"),
     (Mamba2Config, {"groups": -1}, "mamba2.groups = -1: expected an integer of at least 1"),
     (Mamba2Config, {"dt_max": 1e-5}, "mamba2.dt_max = 1e-05: expected at least dt_min = 0.001"),
     (Mamba2Config, {"A_max": 0.5}, "mamba2.A_max = 0.5: expected at least A_min = 1.0"),

@@ -102,6 +102,14 @@ def test_initial_decays_lie_in_the_published_range() -> None:
     assert abs(rate.mean() - 8.5) < 0.6  # uniform
 
 
+def test_initial_step_sizes_follow_the_options() -> None:
+    torch.manual_seed(0)
+    steps = F.softplus(GatedDeltaNetConfig(heads=200, head_dim=2, dt_min=0.01, dt_max=0.02).build(8).dt_bias)
+    assert 0.00999 < steps.min() < steps.max() < 0.02001
+    floor = GatedDeltaNetConfig(heads=100, head_dim=2, dt_floor=0.05).build(8)
+    assert F.softplus(floor.dt_bias).min() > 0.0499
+
+
 def test_decay_parameters_stay_float32_in_half_precision() -> None:
     mixer = GatedDeltaNetConfig(heads=2, head_dim=8).build(16)
     before = mixer.A_log.clone()
