@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import random
 from pathlib import Path
@@ -24,6 +25,8 @@ from transformers import (
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
 )
+from transformers.models.olmo_hybrid import modeling_olmo_hybrid
+from transformers.models.qwen3_next import modeling_qwen3_next
 
 import hybridvl
 from hybridvl.checkpoints import open_checkpoint
@@ -181,6 +184,15 @@ def delta_net_options(seed: int) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def torch_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' own PyTorch functions: where fla is installed it would call that, which needs a GPU."""
+    for module in (modeling_qwen3_next, modeling_olmo_hybrid):
+        for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "causal_conv1d_fn"):
+            monkeypatch.setattr(module, name, inspect.unwrap(getattr(module, name)))
+
+
+@pytest.mark.usefixtures("torch_functions")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_qwen3_next_of_gated_delta_net_and_plain_mlps(tmp_path: Path, seed: int) -> None:
     theirs = randomized(Qwen3NextForCausalLM(Qwen3NextConfig(**delta_net_options(seed), num_experts=0)), seed)
@@ -193,6 +205,7 @@ def test_qwen3_next_of_gated_delta_net_and_plain_mlps(tmp_path: Path, seed: int)
     assert len(open_checkpoint(tmp_path).names) > len(tensors)
 
 
+@pytest.mark.usefixtures("torch_functions")
 @pytest.mark.parametrize("seed", SEEDS)
 def test_olmo_hybrid_of_gated_delta_net(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Its configuration insists on an attention layer, which our mixers cannot express; its model can do without.
