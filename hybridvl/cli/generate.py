@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import stat
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -31,6 +33,8 @@ def main(argv: Sequence[str]) -> int:
     """Reply to the prompts in `argv`; returns the exit status."""
     options = _parser().parse_args(argv)
     # Everything that can be wrong is looked at before the weights are read, which may take minutes.
+    if sys.stdout is None:
+        raise ConfigError("standard output: closed; expected a terminal, a file or a pipe for the reply")
     prompts = _prompts(options)
     folder = model_folder(options.model)
     check_request(options.max_new_tokens, options.chunk)
@@ -53,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         model, processor, inputs, options.max_new_tokens, sampling, options.stop, chunk=options.chunk
     )
     rates = _show(pieces, prompts)
-    if rates is not None and not options.quiet:
+    if rates is not None and not options.quiet and sys.stderr is not None:
         print(_rates_line(rates), file=sys.stderr)
     return 0
 
@@ -61,11 +65,10 @@ def main(argv: Sequence[str]) -> int:
 def model_folder(path: str) -> Path:
     """A model folder, the model/ folder of a run folder, or where a hub id was stored; ConfigError if none of them."""
     folder = Path(path)
-    if (folder / "config.json").is_file():
-        return folder
-    if (folder / "model" / "config.json").is_file():
-        return folder / "model"
-    if not folder.is_dir():
+    for place in (folder, folder / "model"):
+        if os.path.isfile(place / "config.json"):  # unlike Path.is_file, False for names that no file can have
+            return place
+    if not os.path.isdir(folder):
         return checkpoint_folder(path)
     raise ConfigError(f"{path}: neither config.json nor model/config.json in it; did the run finish?")
 
@@ -73,10 +76,7 @@ def model_folder(path: str) -> Path:
 def _prompts(options: argparse.Namespace) -> list[str]:
     prompts = list(options.prompt)
     if options.prompt_file is not None:
-        try:
-            text = sys.stdin.read() if options.prompt_file == "-" else Path(options.prompt_file).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--prompt-file: {options.prompt_file} cannot be read: {error}") from error
+        text = _prompt_file(options.prompt_file).removeprefix("\N{BYTE ORDER MARK}")
         prompts += [line for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ConfigError("--prompt: no prompt given; expected --prompt TEXT or a --prompt-file with one a line")
@@ -86,14 +86,29 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def _prompt_file(path: str) -> str:
+    if path == "-" and sys.stdin is None:
+        raise ConfigError("--prompt-file: - cannot be read: standard input is closed")
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--prompt-file: {path} cannot be read: {error}") from error
+
+
 def _check_media(options: argparse.Namespace, config: ModelConfig) -> None:
     if options.fps is not None and not 0 < options.fps < float("inf"):
         raise ConfigError(f"--fps: {options.fps}; expected a number of frames per second above 0")
     for kind, path in options.media:
         if config.vision is None:
             raise ConfigError(f"--{kind}: {path} given to a model without a vision tower; expected prompts alone")
-        if not Path(path).is_file():
-            reason = "is a folder" if Path(path).is_dir() else "no such file"
+        try:
+            mode = os.stat(path).st_mode
+        except OSError as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
+            raise ConfigError(f"--{kind}: {path} cannot be read: {reason}") from error
+        if not stat.S_ISREG(mode):
+            # Pictures and videos are read back and forth, which a pipe does not allow.
+            reason = "is a folder" if stat.S_ISDIR(mode) else "is a device or a pipe; expected a regular file"
             raise ConfigError(f"--{kind}: {path} cannot be read: {reason}")
 
 
@@ -217,4 +232,8 @@ def _device(name: str) -> str:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {reason}") from error
+    if torch.device(name).type == "meta":
+        raise argparse.ArgumentTypeError(
+            "'meta' cannot be used: it keeps shapes without numbers, nothing to reply with"
+        )
     return name

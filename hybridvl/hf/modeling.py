@@ -18,8 +18,8 @@ from hybridvl.hf.configuration import HybridVLConfig
 from hybridvl.hf.visual_rows import repeat_visuals
 from hybridvl.layers import ConfigError
 from hybridvl.models.generation import PREFILL_CHUNK
-from hybridvl.models.positions import VisualGrids, rope_positions
-from hybridvl.models.vlm import VisionLanguageModel, position_rules
+from hybridvl.models.positions import VisualGrids
+from hybridvl.models.vlm import VisionLanguageModel
 
 
 class HybridVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -105,8 +105,8 @@ class HybridVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         mask = None if attention_mask is None else _new_columns(attention_mask, embeds, cache)
         if position_ids is None:
             ids = embeds.new_zeros(embeds.shape[:2], dtype=torch.int64) if input_ids is None else input_ids
-            start = None if cache is None else cache.state.next_position
-            position_ids = rope_positions(position_rules(self.net.config), ids, grids, mask, cu_seqlens, start)
+            state = None if cache is None else cache.state
+            position_ids = self.net.next_positions(ids, grids, mask, cu_seqlens, state)
         collected: list[Tensor] | None = [] if output_hidden_states else None
         hidden = self._decode(embeds, position_ids, mask, cu_seqlens, cache, collected)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridvl.layers import ConfigError
+from hybridvl.layers.validate import fits
 from hybridvl.models.sampling import Sampler, Sampling, seen_tokens
 
 if TYPE_CHECKING:
@@ -74,6 +75,11 @@ def generate(
     tokens, finished = None, None
     for step in range(max_new_tokens):
         logits = F.linear(hidden, model.lm_head_weight)  # (B, vocab)
+        if not bool(logits.isfinite().all()):
+            raise ConfigError(
+                f"logits: not finite in {logits.dtype}; expected weights without NaN, in a dtype with room for what "
+                "they compute (bfloat16 or float32)"
+            )
         scores = sampler.scores(logits)
         chosen = sampler.choose(scores)
         tokens = chosen if tokens is None or finished is None else torch.where(finished, tokens, chosen)
@@ -106,6 +112,7 @@ def prefill(
     elif length == 0:
         raise ConfigError("input_ids: an empty prompt; expected at least one token")
     result = embeds.new_zeros(rows, embeds.shape[2])
+    chunk = min(chunk, length)
     for begin in range(0, length, chunk):
         piece = slice(begin, begin + chunk)
         mask = None if attention_mask is None else attention_mask[:, piece]
@@ -128,7 +135,6 @@ def decode_step(model: VisionLanguageModel, tokens: Tensor, state: ModelState) -
 
 def check_request(max_new_tokens: int, chunk: int) -> None:
     """Raise ConfigError unless so many tokens can be asked for, and a prompt cut like this."""
-    if max_new_tokens < 0:
-        raise ConfigError(f"max_new_tokens: {max_new_tokens}; expected at least 0")
-    if chunk < 1:
-        raise ConfigError(f"chunk: {chunk}; expected at least 1")
+    for name, value, least in (("max_new_tokens", max_new_tokens, 0), ("chunk", chunk, 1)):
+        if not fits(value, int) or value < least:
+            raise ConfigError(f"{name}: {value!r}; expected a whole number of at least {least}")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
 from hybridvl.layers import ConfigError
 from hybridvl.layers.norms import at_least_float32
+from hybridvl.layers.validate import fits, spell
+
+LEAST_TEMPERATURE = 1e-6
+MOST_PENALTY = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,13 +22,14 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: 0 takes the most likely token; otherwise logits are divided by it and a token is drawn.
+        temperature: 0 takes the most likely token; otherwise logits are divided by it and a token is drawn. From
+            LEAST_TEMPERATURE up, for the quotients must be numbers that float32 holds.
         top_k: draw among this many most likely tokens; 0 draws among all.
         top_p: draw among the most likely tokens that together reach this probability; 1 draws among all.
         repetition_penalty: logits of tokens that the row's prompt or answer already holds are divided by it where
-            positive and multiplied where negative (arXiv 1909.05858, section 4.1); 1 leaves them alone. Applies to
-            greedy choices too.
-        seed: seed of the draws; None draws from torch's global generator.
+            positive and multiplied where negative (arXiv 1909.05858, section 4.1); 1 leaves them alone. At most
+            MOST_PENALTY, at least 1 / MOST_PENALTY. Applies to greedy choices too.
+        seed: seed of the draws, from -2**63 to 2**64 - 1; None draws from torch's global generator.
         stop_ids: tokens that end a row.
     """
 
@@ -35,14 +41,21 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature: {self.temperature}; expected 0 (greedy) or a number above 0")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k: {self.top_k}; expected 0 (all tokens) or a number of tokens")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p: {self.top_p}; expected a number above 0, at most 1")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ConfigError(f"repetition_penalty: {self.repetition_penalty}; expected a number above 0 (1 is none)")
+        for name, hint in get_type_hints(type(self)).items():
+            self._expect(name, fits(getattr(self, name), hint), spell(hint))
+        least, most = LEAST_TEMPERATURE, MOST_PENALTY
+        greedy = self.temperature == 0
+        self._expect("temperature", greedy or least <= self.temperature < math.inf, f"0 (greedy) or at least {least:g}")
+        self._expect("top_k", self.top_k >= 0, "0 (all tokens) or a number of tokens")
+        self._expect("top_p", 0 < self.top_p <= 1, "a number above 0, at most 1")
+        fair = 1 / most <= self.repetition_penalty <= most
+        self._expect("repetition_penalty", fair, f"a number from {1 / most:g} to {most:g} (1 is none)")
+        self._expect("seed", self.seed is None or -(2**63) <= self.seed < 2**64, "a whole number of 64 bits or null")
+        self._expect("stop_ids", all(-(2**63) <= token < 2**63 for token in self.stop_ids), "token ids")
+
+    def _expect(self, name: str, holds: bool, accepted: str) -> None:
+        if not holds:
+            raise ConfigError(f"{name}: {getattr(self, name)!r}; expected {accepted}")
 
 
 class Sampler:

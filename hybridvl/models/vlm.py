@@ -109,12 +109,20 @@ class VisionLanguageModel(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> ModelOutput:
         """Logits for every token; see the class for the inputs."""
-        embeds = self.embed(input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
-        if position_ids is None:
-            grids = VisualGrids(image_grid_thw, video_grid_thw, second_per_grid_ts)
-            position_ids = self._positions(input_ids, grids, attention_mask, cu_seqlens, state)
         collected: list[Tensor] | None = [] if output_hidden_states else None
-        hidden = self.run_decoder(embeds, position_ids, attention_mask, cu_seqlens, state, collected)
+        hidden = self.hidden(
+            input_ids,
+            attention_mask,
+            position_ids,
+            pixel_values,
+            image_grid_thw,
+            pixel_values_videos,
+            video_grid_thw,
+            second_per_grid_ts,
+            state,
+            cu_seqlens,
+            collected,
+        )
         return ModelOutput(F.linear(hidden, self.lm_head_weight), collected)
 
     def hidden(
@@ -129,13 +137,15 @@ class VisionLanguageModel(nn.Module):
         second_per_grid_ts: Tensor | None = None,
         state: ModelState | None = None,
         cu_seqlens: Tensor | None = None,
+        collected: list[Tensor] | None = None,
     ) -> Tensor:
-        """Hidden states (B, T, D) after the final norm, without the head; see the class for the inputs."""
+        """Hidden states (B, T, D) after the final norm, without the head; see the class for the inputs, and
+        `run_decoder` for `collected`."""
         embeds = self.embed(input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         if position_ids is None:
             grids = VisualGrids(image_grid_thw, video_grid_thw, second_per_grid_ts)
-            position_ids = self._positions(input_ids, grids, attention_mask, cu_seqlens, state)
-        return self.run_decoder(embeds, position_ids, attention_mask, cu_seqlens, state)
+            position_ids = self.next_positions(input_ids, grids, attention_mask, cu_seqlens, state)
+        return self.run_decoder(embeds, position_ids, attention_mask, cu_seqlens, state, collected)
 
     def encode_images(self, pixel_values: Tensor, image_grid_thw: Tensor) -> Tensor:
         """Features (tokens, D) of images or videos, in order."""
@@ -161,6 +171,18 @@ class VisionLanguageModel(nn.Module):
         counted = attention_mask if rules.video_convention == "v523" else None
         ends = row_ends(positions, attention_mask, cu_seqlens)
         return positions, (ends - row_lengths(input_ids, counted, cu_seqlens)).unsqueeze(1)
+
+    def next_positions(
+        self,
+        input_ids: Tensor,
+        grids: VisualGrids,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: ModelState | None = None,
+    ) -> Tensor:
+        """Positions (3, B, T) int64 of the tokens, going on after what the state has seen."""
+        start = None if state is None else state.next_position
+        return rope_positions(position_rules(self.config), input_ids, grids, attention_mask, cu_seqlens, start)
 
     def generate(
         self,
@@ -215,7 +237,7 @@ class VisionLanguageModel(nn.Module):
         embeds = self.embed(input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         if position_ids is None:
             grids = VisualGrids(image_grid_thw, video_grid_thw, second_per_grid_ts)
-            position_ids = self._positions(input_ids, grids, attention_mask, None, None)
+            position_ids = self.next_positions(input_ids, grids, attention_mask)
         return generate(
             self,
             embeds,
@@ -270,17 +292,6 @@ class VisionLanguageModel(nn.Module):
             tokens = row_lengths(embeds, attention_mask, cu_seqlens)
             state.advance(tokens, row_ends(position_ids, attention_mask, cu_seqlens))
         return hidden
-
-    def _positions(
-        self,
-        input_ids: Tensor,
-        grids: VisualGrids,
-        attention_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        state: ModelState | None,
-    ) -> Tensor:
-        start = None if state is None else state.next_position
-        return rope_positions(position_rules(self.config), input_ids, grids, attention_mask, cu_seqlens, start)
 
     def _scatter(
         self, embeds: Tensor, input_ids: Tensor, kind: str, token: int, pixels: Tensor | None, grid_thw: Tensor | None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 import unicodedata
 from itertools import pairwise
@@ -28,6 +30,7 @@ from hybridvl.inference.processor import Processor
 from hybridvl.models import ModelConfig, Sampling, VisionConfig, VisionLanguageModel
 
 RATES = re.compile(r"prompt [\d,]+ tokens, prefill [\d,.]+ tokens/s, decode [\d,.]+ tokens/s, state [\d,]+ bytes\n")
+RUN = "import sys; from hybridvl.cli import main; sys.exit(main())"
 ATTENTION = {"heads": 4, "kv_heads": 2, "head_dim": 16}
 CONFIG = ModelConfig(
     pattern="swa gdn*3",
@@ -134,6 +137,56 @@ def test_several_prompts_are_a_batch(
     assert out == wanted
 
 
+@pytest.mark.parametrize("source", ["-", "{tmp}/marked.txt"])
+def test_a_byte_order_mark_is_no_part_of_the_prompt(
+    source: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, _ = run(capsys, folder, "--prompt", "no", "--prompt", "What?")
+    (tmp_path / "marked.txt").write_text("no\r\nWhat?\r\n", encoding="utf-8-sig")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffno\nWhat?"))
+    assert run(capsys, folder, "--prompt-file", source.format(tmp=tmp_path))[0] == plain
+
+
+@pytest.mark.parametrize(
+    ("closed", "arguments", "message"),
+    [
+        ("stdin", ["--prompt-file", "-"], "error: --prompt-file: - cannot be read: standard input is closed"),
+        ("stdout", ["--prompt", "no"], "error: standard output: closed; expected a terminal, a file or a pipe"),
+    ],
+)
+def test_closed_streams(
+    closed: str,
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, closed, None)  # as Python starts after `<&-` and `>&-`
+    assert main(["generate", str(folder), *arguments]) == 2
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_rates_go_nowhere_else_without_standard_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain, _ = run(capsys, folder, "--prompt", "no")
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run(capsys, folder, "--prompt", "no")[0] == plain
+
+
+def test_a_reader_that_leaves(folder: Path) -> None:
+    prompts = [word for number in range(9) for word in ("--prompt", f"What is on line {number}?")]
+    command = [sys.executable, "-c", RUN, "generate", str(folder), *prompts]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        assert writer.stderr is not None
+        assert writer.stdout.readline() == b"[1/9] What is on line 0?\n"
+        writer.stdout.close()
+        assert writer.stderr.read() == b""
+    assert writer.returncode == 141
+
+
 def test_choices_are_passed_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompt = "What is on line 2?"
     out, err = run(capsys, folder, "--prompt", prompt, "--system", "Be brief.", "--quiet")
@@ -227,6 +280,15 @@ def test_folders_of_other_projects(
         (["{model}", "--prompt", "x", "--image", "{tmp}/gone.png"], "--image: {tmp}/gone.png cannot be read: no such"),
         (["{model}", "--prompt", "x", "--image", "{tmp}"], "--image: {tmp} cannot be read: is a folder"),
         (["{model}", "--prompt", "x", "--image", "{tmp}/empty.txt"], "empty.txt cannot be read"),
+        (
+            ["{model}", "--prompt", "x", "--image", "/dev/null"],
+            "--image: /dev/null cannot be read: is a device or a pipe",
+        ),
+        (
+            ["{model}", "--prompt", "x", "--video", "{tmp}/pipe"],
+            "--video: {tmp}/pipe cannot be read: is a device or a p",
+        ),
+        (["{model}", "--prompt", "x", "--image", "x" * 300], "x cannot be read: File name too long"),
         (["{model}", "--prompt", "x", "--video", "{tmp}/gone.mp4"], "--video: {tmp}/gone.mp4 cannot be read: no such"),
         (["{model}", "--prompt", "x", "--video", "{tmp}/latin.txt"], "latin.txt cannot be read"),
         (["{model}", "--prompt", "x", "--fps", "0"], "--fps: 0.0; expected a number of frames per second above 0"),
@@ -234,10 +296,20 @@ def test_folders_of_other_projects(
             ["{model}", "--prompt", "x", "--max-context", "4"],
             "--max-context: the prompt has 20 tokens; expected at most 4",
         ),
-        (["{model}", "--prompt", "x", "--chunk", "0"], "chunk: 0; expected at least 1"),
-        (["{model}", "--prompt", "x", "--max-new-tokens", "-1"], "max_new_tokens: -1; expected at least 0"),
+        (["{model}", "--prompt", "x", "--chunk", "0"], "chunk: 0; expected a whole number of at least 1"),
+        (
+            ["{model}", "--prompt", "x", "--max-new-tokens", "-1"],
+            "max_new_tokens: -1; expected a whole number of at least 0",
+        ),
         (["{model}", "--prompt", "x", "--top-k", "-1"], "top_k: -1"),
         (["{model}", "--prompt", "x", "--repetition-penalty", "0"], "repetition_penalty: 0.0"),
+        (["{model}", "--prompt", "x", "--repetition-penalty", "1e-30"], "repetition_penalty: 1e-30; expected a number"),
+        (["{model}", "--prompt", "x", "--temperature", "1e-38"], "temperature: 1e-38; expected 0 (greedy) or at least"),
+        (
+            ["{model}", "--prompt", "x", "--seed", str(2**64)],
+            "seed: 18446744073709551616; expected a whole number of 64",
+        ),
+        (["{model}", "--prompt", "x", "--device", "meta"], "'meta' cannot be used: it keeps shapes without numbers"),
         (["{model}", "--prompt", "x", "--dtype", "int8"], "--dtype"),
         (["{text}", "--prompt", "x", "--image", "{tmp}/empty.txt"], "given to a model without a vision tower"),
         (["{small}", "--prompt", "What is on line 2?"], "the model knows tokens below 64"),
@@ -247,6 +319,7 @@ def test_folders_of_other_projects(
 def test_mistakes(
     arguments: list[str], message: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes(b"Gr\xfc\xdfe\n")
     places = {"tmp": tmp_path, "model": folder, "text": tmp_path / "text", "small": tmp_path / "small"}

@@ -54,7 +54,7 @@ def test_prefill_in_chunks_of_any_size(pattern: str) -> None:
         embeds = model.embed(ids, images["pixel_values"].double(), images["image_grid_thw"])
         positions, _ = model.rope_positions(ids, images["image_grid_thw"], attention_mask=mask)
         results = []
-        for chunk in (1, 7, 100):
+        for chunk in (1, 7, 100, 10**30):
             state = model.init_state(3)
             hidden = prefill(model, embeds, positions, mask, state, chunk)
             results.append((hidden, decode_step(model, torch.tensor([1, 2, 3]), state)))
@@ -137,13 +137,24 @@ def test_nothing_to_generate() -> None:
 
 def test_mistakes() -> None:
     model, ids = small_model("full"), torch.tensor([[1, 2], [3, 4]])
-    with pytest.raises(ConfigError, match="max_new_tokens: -1; expected at least 0"):
+    with pytest.raises(ConfigError, match="max_new_tokens: -1; expected a whole number of at least 0"):
         model.generate(ids, -1)
-    with pytest.raises(ConfigError, match="chunk: 0; expected at least 1"):
+    with pytest.raises(ConfigError, match="chunk: 0; expected a whole number of at least 1"):
         model.generate(ids, 1, chunk=0)
+    with pytest.raises(ConfigError, match=r"chunk: 2.5; expected a whole number"):
+        model.generate(ids, 1, chunk=2.5)
     with pytest.raises(ConfigError, match="input_ids: None; expected the prompt's tokens"):
         next(generate(model, model.embed(ids), torch.zeros(3, 2, 2), sampling=Sampling(repetition_penalty=2.0)))
     with pytest.raises(ConfigError, match="a row without a real token"):
         model.generate(ids, 1, attention_mask=torch.tensor([[1, 1], [0, 0]]))
     with pytest.raises(ConfigError, match="an empty prompt"):
         model.generate(ids[:, :0], 1)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.0)], ids=["greedy", "drawn"])
+def test_logits_that_are_no_numbers(sampling: Sampling) -> None:
+    model = small_model("gdn")
+    with torch.no_grad():
+        model.decoder.norm.weight[3] = torch.nan
+    with pytest.raises(ConfigError, match=r"logits: not finite in torch.float32; expected weights without NaN"):
+        model.generate(torch.tensor([[1, 2, 3]]), 2, sampling=sampling)

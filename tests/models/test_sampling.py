@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hybridvl.layers import ConfigError
-from hybridvl.models.sampling import Sampler, Sampling, keep_top_k, keep_top_p, penalize, seen_tokens
+from hybridvl.models.sampling import (
+    LEAST_TEMPERATURE,
+    MOST_PENALTY,
+    Sampler,
+    Sampling,
+    keep_top_k,
+    keep_top_p,
+    penalize,
+    seen_tokens,
+)
 
 CPU = torch.device("cpu")
 
@@ -120,6 +130,16 @@ def test_draws_follow_the_probabilities(sampling: Sampling, wanted: list[float])
     assert statistic <= {0: 0.0, 1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47}[int(possible.sum()) - 1]
 
 
+@pytest.mark.parametrize("seed", [-(2**63), 2**64 - 1])
+def test_extremes_that_are_accepted(seed: int) -> None:
+    logits = torch.tensor([[300.0, -300.0, 299.0]]).expand(8, -1)
+    for penalty in (MOST_PENALTY, 1 / MOST_PENALTY):
+        sampling = Sampling(temperature=LEAST_TEMPERATURE, top_p=1e-30, repetition_penalty=penalty, seed=seed)
+        sampler = Sampler(sampling, torch.tensor([[True, True, False]]).expand(8, -1), CPU)
+        drawn = sampler.choose(sampler.scores(logits))
+        assert drawn.tolist() == [2 if penalty > 1 else 0] * 8
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -128,10 +148,17 @@ def test_draws_follow_the_probabilities(sampling: Sampling, wanted: list[float])
         ({"top_k": -1}, "top_k: -1; expected 0"),
         ({"top_p": 0.0}, "top_p: 0.0; expected a number above 0, at most 1"),
         ({"top_p": 1.5}, "top_p: 1.5"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty: 0.0; expected a number above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: 0.0; expected a number from"),
         ({"repetition_penalty": math.inf}, "repetition_penalty: inf"),
+        ({"repetition_penalty": 1e-30}, "repetition_penalty: 1e-30; expected a number from 1e-06 to 1e.06"),
+        ({"temperature": 1e-38}, r"temperature: 1e-38; expected 0 \(greedy\) or at least 1e-06"),
+        ({"temperature": "hot"}, "temperature: 'hot'; expected a number"),
+        ({"top_k": 1.5}, "top_k: 1.5; expected an integer"),
+        ({"seed": 2**64}, "seed: 18446744073709551616; expected a whole number of 64 bits"),
+        ({"seed": -(2**63) - 1}, "seed: -9223372036854775809; expected"),
+        ({"stop_ids": (2**63,)}, "stop_ids: .9223372036854775808,.; expected token ids"),
     ],
 )
-def test_mistakes(values: dict[str, float], message: str) -> None:
+def test_mistakes(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Sampling(**values)
