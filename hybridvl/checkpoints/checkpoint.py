@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridvl.checkpoints.files import parse_json, read_text
+from hybridvl.checkpoints.files import parse_json, read_text, usable_path
 from hybridvl.checkpoints.formats import Format, find_format
 from hybridvl.checkpoints.formats.native import FORMAT_VERSION
 from hybridvl.checkpoints.tensor_files import PICKLES, TensorFiles
@@ -130,7 +130,7 @@ def read_config(path: str | Path) -> ModelConfig:
 
 def checkpoint_folder(path: str | Path) -> Path:
     """A folder that is there, or that the hub's files are in; ConfigError says how to get them."""
-    folder = Path(path)
+    folder = usable_path(path)
     if folder.is_dir():
         return folder
     if folder.suffix in PICKLES:

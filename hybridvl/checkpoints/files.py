@@ -1,4 +1,4 @@
-"""Files of a checkpoint folder: JSON read with clear errors, and several files replaced together."""
+"""Files and their names: JSON read with clear errors, paths looked up, and several files replaced together."""
 
 from __future__ import annotations
 
@@ -11,11 +11,28 @@ from typing import Any
 
 from hybridvl.layers import ConfigError
 
+_SHOWN = 120  # characters of a path that an error message repeats when the path is too long
+
+
+def usable_path(path: str | Path) -> Path:
+    """A path that the system can look up, whether or not something is there; ConfigError for any other."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        text = str(path)
+        shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text)} characters)"
+        raise ConfigError(f"{shown}: {error.strerror}; expected a path that can be opened") from error
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r}: {error}; expected a path of characters that names can have") from error
+    return Path(path)
+
 
 def read_text(path: Path) -> str:
     """A UTF-8 file as it is, line ends too; ConfigError if it cannot be read."""
     try:
-        return path.read_bytes().decode("utf-8")
+        return usable_path(path).read_bytes().decode("utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -28,6 +45,8 @@ def parse_json(text: str, path: Path) -> dict[str, Any]:
         values = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: lists or objects are nested too deeply; expected a few levels") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: holds a {type(values).__name__}; expected an object")
     return values
@@ -36,13 +55,18 @@ def parse_json(text: str, path: Path) -> dict[str, Any]:
 def write_files(folder: Path, files: Mapping[str, Callable[[Path], object]], stale: Iterable[str] = ()) -> None:
     """Replace files of a folder: each is filled by its function under another name first, then all get their names.
 
-    The data reach the disk before the names do, and `stale` files go last. Raises ConfigError when anything cannot be
-    written: a full disk shows while no name has changed yet, and all files are as they were.
+    The data reach the disk before the names do, and `stale` files go last. A name that is a link becomes a file of its
+    own: what the link points to stays as it is. Raises ConfigError when anything cannot be written: a full disk, or a
+    folder that has the name of a file, shows while no name has changed yet, and all files are as they were.
     """
     temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
+    stale = list(stale)
     current = folder / next(iter(files))
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for path in (folder / name for name in (*files, *stale)):
+            if path.is_dir() and not path.is_symlink():
+                raise ConfigError(f"{path}: is a folder; expected a file, or nothing there")
         for name, write in files.items():
             current = folder / name
             write(temporary[name])
@@ -54,10 +78,11 @@ def write_files(folder: Path, files: Mapping[str, Callable[[Path], object]], sta
             (folder / name).unlink(missing_ok=True)
         _flush(folder)
     except OSError as error:
+        raise ConfigError(f"{current}: cannot be written: {error.strerror or error}") from error
+    finally:
         for path in temporary.values():
             with contextlib.suppress(OSError):
                 path.unlink()
-        raise ConfigError(f"{current}: cannot be written: {error.strerror or error}") from error
 
 
 def text_writer(text: str) -> Callable[[Path], object]:

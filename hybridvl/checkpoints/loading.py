@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -27,20 +27,22 @@ def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
     Gated DeltaNet alone; safetensors, sharded or not. dtype: of the parameters, None keeps the saved one (what a mixer
     keeps in float32 stays so). On the CPU in the saved dtype the parameters are mapped from the files.
 
-    Raises ConfigError for a missing or damaged checkpoint, for pickles, for NaN or infinite weights, and unless every
-    tensor of the model is in the folder with its shape and none is left over.
+    Raises ConfigError for a missing or damaged checkpoint, for pickles, for NaN or infinite weights, for a dtype that
+    cannot hold one of the numbers, and unless every tensor of the model is in the folder with its shape and none is
+    left over.
     """
+    check_dtype(dtype)
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
         model = VisionLanguageModel(checkpoint.config)
     check_tensors(checkpoint, model)
     target = torch.device(device)
-    dtypes = _target_dtypes(checkpoint, model, dtype)
+    dtypes = cast_dtypes(model, {name: checkpoint.dtype(name) for name in checkpoint.names}, dtype)
     mapped = target.type == "cpu" and all(checkpoint.dtype(name) == dtype for name, dtype in dtypes.items())
     tensors: dict[str, Tensor] = {}
     copied = 0
     for name, wanted in dtypes.items():
-        tensor = finite_tensor(checkpoint, name)
+        tensor = finite_tensor(checkpoint, name, wanted)
         tensors[name] = tensor if mapped else tensor.to(device=target, dtype=wanted, copy=True)
         copied += 0 if mapped else tensor.nbytes
         if copied > _RELEASED:
@@ -61,7 +63,8 @@ def load_weights(model: VisionLanguageModel, path: str | Path) -> None:
     checkpoint = open_checkpoint(path)
     check_same_model(checkpoint.config, model.config, str(checkpoint.folder))
     check_tensors(checkpoint, model)
-    model.load_state_dict({name: finite_tensor(checkpoint, name) for name in checkpoint.names})
+    own = model.state_dict()
+    model.load_state_dict({name: finite_tensor(checkpoint, name, own[name].dtype) for name in checkpoint.names})
 
 
 def check_tensors(checkpoint: Checkpoint, model: VisionLanguageModel) -> None:
@@ -93,28 +96,48 @@ def check_tensors(checkpoint: Checkpoint, model: VisionLanguageModel) -> None:
             )
 
 
-def _target_dtypes(
-    checkpoint: Checkpoint, model: VisionLanguageModel, dtype: torch.dtype | None
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Raise ConfigError unless parameters can be cast to a dtype; None leaves them as they are."""
+    if dtype is not None and dtype not in _WEIGHT_DTYPES:
+        raise ConfigError(f"dtype: {dtype!r}; expected one of {', '.join(map(str, _WEIGHT_DTYPES))}")
+
+
+def cast_dtypes(
+    model: VisionLanguageModel, stored: Mapping[str, torch.dtype], dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
-    """Every parameter's dtype once loaded: the modules decide, on tensors without values, what to keep in float32."""
+    """Every parameter's dtype once a model with parameters of the dtypes `stored` is cast to `dtype`.
+
+    model: on the meta device; its modules decide what to keep in float32, and it is left with parameters so cast.
+    """
     blank = {
-        name: torch.empty(checkpoint.shape(name), dtype=checkpoint.dtype(name), device="meta")
-        for name in checkpoint.names
+        name: torch.empty(tensor.shape, dtype=stored[name], device="meta")
+        for name, tensor in model.state_dict().items()
     }
     model.load_state_dict(blank, assign=True)
     model.to(dtype=dtype)
-    own = model.state_dict()
-    return {name: own[name].dtype for name in checkpoint.names}
+    return {name: tensor.dtype for name, tensor in model.state_dict().items()}
 
 
-def finite_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """A tensor by our name, looked through piece by piece, which copies nothing; ConfigError for NaN or infinity."""
+def finite_tensor(checkpoint: Checkpoint, name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor by our name, looked through piece by piece, which copies nothing; errors as of `check_finite`."""
     tensor = checkpoint.tensor(name)
-    for piece in tensor.flatten().split(_PIECE):
-        if len(piece) and not all(bound.isfinite() for bound in torch.aminmax(piece)):
-            place = f"{checkpoint.folder}: {checkpoint.spelled(name)}"
-            raise ConfigError(f"{place} holds NaN or infinite numbers; expected finite weights")
+    check_finite(tensor, f"{checkpoint.folder}: {checkpoint.spelled(name)}", dtype)
     return tensor
+
+
+def check_finite(tensor: Tensor, place: str, dtype: torch.dtype | None = None) -> None:
+    """Raise ConfigError, naming the place, unless all numbers are finite, and stay so in the dtype they are meant for.
+
+    The tensor is looked through piece by piece, which copies nothing.
+    """
+    for piece in tensor.flatten().split(_PIECE):
+        bounds = torch.stack(torch.aminmax(piece)) if len(piece) else piece
+        if not bounds.isfinite().all():
+            raise ConfigError(f"{place} holds NaN or infinite numbers; expected finite weights")
+        if dtype is not None and not bounds.to(dtype).isfinite().all():
+            kind, most = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+            largest = max(bounds.tolist(), key=abs)
+            raise ConfigError(f"{place} holds {largest:.6g}, too large for {kind}; expected at most {most:.6g}")
 
 
 def _listed(what: str, names: Iterable[str]) -> list[str]:

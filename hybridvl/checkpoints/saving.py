@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from hybridvl.checkpoints.comparison import lost_options
-from hybridvl.checkpoints.files import text_writer, write_files
+from hybridvl.checkpoints.files import text_writer, usable_path, write_files
 from hybridvl.checkpoints.formats import FORMATS, Format
 from hybridvl.checkpoints.origin import Origin, origin_of
-from hybridvl.checkpoints.tensor_files import INDEX, WEIGHTS
+from hybridvl.checkpoints.tensor_files import INDEX, weight_files
 from hybridvl.checkpoints.tensor_writing import in_file_order, make_header, make_index, split_shards, tensors_writer
 from hybridvl.layers import ConfigError
 from hybridvl.models.config import ModelConfig
@@ -47,16 +47,33 @@ def save(
     All files are replaced together at the end. Raises ConfigError naming the layer or option that the format cannot
     express, or when the folder cannot be written (permissions, full disk); older files then are intact.
     """
+    folder = usable_path(path)
+    write_model(model, folder, _side_files(origin_of(model), folder, format), format, max_shard_size)
+
+
+def write_model(
+    model: VisionLanguageModel,
+    folder: Path,
+    beside: Mapping[str, Path],
+    format: str = "hybridvl",
+    max_shard_size: int | str | None = None,
+    dropped: Iterable[str] = (),
+) -> None:
+    """Write a model as `save` does, but with files of the caller's choice beside it.
+
+    Args:
+        beside: name in the folder -> the file that is copied there.
+        dropped: names that are removed from the folder.
+    """
     if format not in FORMATS:
         raise ConfigError(f"format: {format!r}; expected one of {', '.join(FORMATS)}")
-    folder, origin, tensors = Path(path), origin_of(model), model.state_dict()
-    if origin is not None and origin.format == format and origin.fits(model.config, tensors) and not max_shard_size:
+    origin, tensors = origin_of(model), model.state_dict()
+    if max_shard_size is None and origin is not None and origin.format == format and origin.fits(model.config, tensors):
         files = origin.writers(tensors)
     else:
         files = _writers(FORMATS[format], model, tensors, SHARD_SIZE if max_shard_size is None else max_shard_size)
-    old = [*folder.glob("model-*-of-*.safetensors"), folder / WEIGHTS, folder / INDEX]
-    stale = [path.name for path in old if path.name not in files]
-    write_files(folder, {**files, **_side_files(origin, folder, format)}, stale)
+    files |= {name: _copier(path) for name, path in beside.items()}
+    write_files(folder, files, {*weight_files(folder), *dropped} - files.keys())
 
 
 def _writers(
@@ -91,12 +108,13 @@ def config_values(format: Format, config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _side_files(origin: Origin | None, folder: Path, format: str) -> dict[str, Callable[[Path], object]]:
+def _side_files(origin: Origin | None, folder: Path, format: str) -> dict[str, Path]:
+    """What comes along from the folder that a model was loaded from, where `folder` has none of its own."""
     if origin is None:
         return {}
     code = [path.name for path in origin.folder.glob("*.py")] if origin.format == format else []
     found = [name for name in (*SIDE_FILES, *code) if (origin.folder / name).is_file()]
-    return {name: _copier(origin.folder / name) for name in found if not (folder / name).exists()}
+    return {name: origin.folder / name for name in found if not (folder / name).exists()}
 
 
 def _copier(source: Path) -> Callable[[Path], object]:

@@ -101,10 +101,7 @@ def _listed(folder: Path) -> tuple[list[Path], str | None]:
         return [folder / WEIGHTS], None
     if place.is_file():
         text = read_text(place)
-        names = parse_json(text, place).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
-            raise ConfigError(f"{place}: expected 'weight_map', an object of tensor names to file names")
-        return [folder / name for name in sorted(set(names.values()))], text
+        return [folder / name for name in _shards(text, place)], text
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise ConfigError(
@@ -112,6 +109,28 @@ def _listed(folder: Path) -> tuple[list[Path], str | None]:
             "expected safetensors"
         )
     raise ConfigError(f"{folder}: holds no weights; expected {WEIGHTS} or {INDEX}")
+
+
+def weight_files(folder: Path) -> set[str]:
+    """Names of whatever belongs to the weights in a folder: all that makes way for another model's."""
+    found = {WEIGHTS, INDEX, *(path.name for path in folder.glob("model-*-of-*.safetensors"))}
+    with contextlib.suppress(ConfigError):  # no index, or a damaged one, which tells of no further shards
+        shards = _shards(read_text(folder / INDEX), folder / INDEX)
+        found.update(name for name in shards if Path(name).suffix == ".safetensors")
+    return found
+
+
+def _shards(index: str, place: Path) -> list[str]:
+    """The files that an index lists."""
+    names = parse_json(index, place).get("weight_map")
+    if not isinstance(names, dict) or not all(map(_is_file_name, names.values())):
+        raise ConfigError(f"{place}: expected 'weight_map', an object of tensor names to file names")
+    return sorted(set(names.values()))
+
+
+def _is_file_name(value: object) -> bool:
+    """Whether a value names a file of the folder that it stands in, and no other place."""
+    return isinstance(value, str) and value not in ("", "..") and Path(value).name == value and "\0" not in value
 
 
 def _header(file: Path) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +10,14 @@ from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
 
 from hybridvl.checkpoints import open_checkpoint
+from hybridvl.checkpoints.files import read_text
 from hybridvl.checkpoints.formats import FORMATS
 from hybridvl.checkpoints.saving import config_values
 from hybridvl.cli.arguments import Arguments
 from hybridvl.cli.mixer_flags import take_mixer_flags
+from hybridvl.cli.output import table_console, writable, write_json
 from hybridvl.conversion import Report, prepare
 from hybridvl.conversion.output import check_folder, write_folder
 from hybridvl.conversion.tables import detail_tables, layer_table, summary
@@ -27,7 +27,6 @@ from hybridvl.layers.inherit import INHERIT
 _DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 _WRITTEN = [name for name, format in FORMATS.items() if format.write_config is not None]
 _LAYER = re.compile(r"[0-9]{1,4}")
-_PLAIN_WIDTH = 10_000  # columns when the output is a file or a pipe: tables take what they need
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     if options.out is None and not options.dry_run:
         parser.error("--out is required, unless with --dry-run")
     if options.json not in (None, "-"):
-        _check_json(options.json)
+        writable(options.json)
     mixers = _mixers_file(options.mixers)
     for name, given in flags.items():
         mixers[name] = {**_mapping(mixers.get(name, {}), f"{options.mixers}: {name}"), **given}
@@ -58,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
             besides = f", with {', '.join(copied)}" if copied else ""
             print(f"written to {options.out}{besides}")
     if options.json is not None:
-        _write_json(conversion.report, options.json)
+        write_json(conversion.report.to_dict(), options.json)
     return 0
 
 
@@ -106,8 +105,8 @@ def _mixers_file(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = yaml.safe_load(read_text(Path(path)))
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}; expected YAML, options of mixers by name") from error
     return {str(name): options for name, options in _mapping(values, path).items()}
 
@@ -130,29 +129,9 @@ def _layer_numbers(text: str) -> list[int]:
 
 
 def _print(report: Report, details: bool) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_PLAIN_WIDTH)
+    console = table_console()
     console.print(layer_table(report))
     for table in detail_tables(report) if details else []:
         console.print(table)
     for line in summary(report):
         console.print(line, highlight=False, markup=False)
-
-
-def _check_json(path: str) -> None:
-    """Raise ConfigError unless a file can be written there; its folder is made."""
-    if Path(path).is_dir():
-        raise ConfigError(f"{path}: is a folder; expected the name of a file to write")
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def _write_json(report: Report, path: str) -> None:
-    text = json.dumps(report.to_dict(), indent=2)
-    if path == "-":
-        print(text)
-        return
-    Path(path).write_text(text + "\n", encoding="utf-8")

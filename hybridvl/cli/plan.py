@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from hybridvl.checkpoints import read_config
+from hybridvl.checkpoints.files import usable_path
 from hybridvl.cli.arguments import Arguments
+from hybridvl.cli.output import table_console, writable, write_json
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.config import ModelConfig, VisionConfig
 from hybridvl.plan.costs import CONTEXTS, Plan, plan_model
 from hybridvl.plan.tables import comparison_table, layer_table
 
 _DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
-_PLAIN_WIDTH = 10_000  # columns when the output is a file or a pipe: tables take what they need
 _FULL_WIDTH = 120  # columns that the whole table of a plan's layers needs
 
 
@@ -35,11 +34,11 @@ def main(argv: Sequence[str]) -> int:
     if options.json != "-":
         _print(plans, options.layers)
     if options.json is not None:
-        _write_json(plans, options.json)
+        write_json([plan.to_dict() for plan in plans], options.json)
     if options.png is not None:
         from hybridvl.plan.drawing import draw  # matplotlib takes a second to import
 
-        draw(plans, _writable(options.png))
+        draw(plans, writable(options.png))
     return 0
 
 
@@ -70,7 +69,7 @@ def _model_config(path: str | None) -> tuple[ModelConfig, str]:
     """The model around the patterns, and where its mixers are configured, for messages."""
     if path is None:
         return ModelConfig(vision=VisionConfig()), "mixers"
-    if Path(path).is_dir():
+    if usable_path(path).is_dir():
         return read_config(path), f"{path}: mixers"
     return ModelConfig.from_dict(_model_section(Path(path)), place=f"{path}: model.net"), f"{path}: model.net.mixers"
 
@@ -93,25 +92,7 @@ def _model_section(path: Path) -> dict[str, Any]:
 
 
 def _print(plans: Sequence[Plan], every_layer: bool) -> None:
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_PLAIN_WIDTH)
+    console = table_console()
     for plan in plans:
         console.print(layer_table(plan, every_layer, compact=console.width < _FULL_WIDTH))
     console.print(comparison_table(plans))
-
-
-def _write_json(plans: Sequence[Plan], path: str) -> None:
-    text = json.dumps([plan.to_dict() for plan in plans], indent=2)
-    if path == "-":
-        print(text)
-    else:
-        _writable(path).write_text(text + "\n", encoding="utf-8")
-
-
-def _writable(path: str) -> Path:
-    """The path of a file to write, its folder made."""
-    if Path(path).is_dir():
-        raise ConfigError(f"{path}: is a folder; expected the name of a file to write")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return Path(path)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hybridvl.checkpoints import Checkpoint, open_checkpoint
 from hybridvl.checkpoints.checkpoint import EMBEDDING
-from hybridvl.checkpoints.loading import check_tensors, finite_tensor
+from hybridvl.checkpoints.loading import cast_dtypes, check_dtype, check_finite, check_tensors, finite_tensor
 from hybridvl.conversion.account import account, mixer_prefix, source_name
 from hybridvl.conversion.report import Report
 from hybridvl.conversion.target import source_layers, target_config
@@ -56,6 +56,7 @@ class Conversion:
         """
         if not 0 <= seed < 2**63:
             raise ConfigError(f"seed: {seed}; expected a whole number from 0 to 2**63 - 1")
+        check_dtype(dtype)
         with torch.device("meta"):
             model = VisionLanguageModel(self.config)
         tensors: dict[str, Tensor] = {}
@@ -69,8 +70,13 @@ class Conversion:
             for layer, mixer in enumerate(model.mixer_configs):
                 own = self._mixer(layer, mixer, tensors[EMBEDDING].dtype, pass_convs, seen)
                 tensors |= {mixer_prefix(layer) + name: tensor for name, tensor in own.items()}
+        if dtype is not None:
+            kept = {name: tensor.dtype for name, tensor in tensors.items()}
+            for name, wanted in cast_dtypes(model, kept, dtype).items():
+                check_finite(tensors[name], f"dtype: {name}", wanted)
+                tensors[name] = tensors[name].to(wanted)
         model.load_state_dict(tensors, assign=True)
-        return model.to(dtype=dtype).eval()
+        return model.eval()
 
     def _mixer(
         self, layer: int, config: MixerConfig, dtype: torch.dtype, pass_convs: bool, seen: set[str]

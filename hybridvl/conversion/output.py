@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
-from hybridvl.checkpoints import save
-from hybridvl.checkpoints.saving import SIDE_FILES
+from hybridvl.checkpoints.files import usable_path
+from hybridvl.checkpoints.saving import SIDE_FILES, write_model
 from hybridvl.layers import ConfigError
 from hybridvl.models.vlm import VisionLanguageModel
 
@@ -14,6 +13,7 @@ from hybridvl.models.vlm import VisionLanguageModel
 def check_folder(folder: Path, source: Path, force: bool = False) -> None:
     """Raise ConfigError unless a converted model may be written to a folder: a new one, an empty one, or with force
     one of anything but the source."""
+    usable_path(folder)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: is a file; expected the name of a folder to write")
     if folder.exists() and folder.resolve() == source.resolve():
@@ -34,12 +34,6 @@ def write_folder(
             both before anything in the folder is changed.
     """
     check_folder(folder, source, force)
-    save(model, folder, format)
-    copied = []
-    for name in SIDE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-            copied.append(name)
-        else:
-            (folder / name).unlink(missing_ok=True)  # of the model that was there
-    return copied
+    copied = {name: source / name for name in SIDE_FILES if (source / name).is_file()}
+    write_model(model, folder, copied, format, dropped=SIDE_FILES)
+    return list(copied)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
 import warnings
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
+from hybridvl.checkpoints.files import write_files
 from hybridvl.layers.errors import ConfigError
 
 
@@ -27,21 +27,11 @@ class AtomicCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write `checkpoint` to `path`; a full disk or a forbidden folder is a ConfigError, and `path` is as before."""
         path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as raw:
-                sink = _Sink(raw.write, raw.flush)
-                _save(checkpoint, sink)
-                raw.flush()
-                os.fsync(raw.fileno())
-            os.replace(partial, path)
-            _sync_folder(path.parent)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink()
+            write_files(path.parent, {path.name: partial(_save, checkpoint)})
+        except ConfigError as error:
             kept = f"; the earlier {path} is untouched" if path.exists() else ""
-            raise ConfigError(f"cannot save the checkpoint {path}: {error.strerror}{kept}") from error
+            raise ConfigError(f"cannot save the checkpoint {error}{kept}") from error
 
     def load_checkpoint(
         self, path: str | Path, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
@@ -94,19 +84,12 @@ class _Sink:
             raise
 
 
-def _save(checkpoint: dict[str, Any], sink: _Sink) -> None:
-    try:
-        torch.save(checkpoint, sink)  # type: ignore[arg-type]
-    except RuntimeError as error:
-        if sink.error is not None:
-            raise sink.error from error
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _save(checkpoint: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as raw:
+        sink = _Sink(raw.write, raw.flush)
+        try:
+            torch.save(checkpoint, sink)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            if sink.error is not None:
+                raise sink.error from error
+            raise

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import hybridvl
 from hybridvl.cli import main
@@ -192,7 +193,7 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[Any], message: s
         (["--pattern", "swa*4", "--mixer.swa.window", "0"], "mixers.swa.window = 0: expected an integer of at least 1"),
         (["--pattern", "swa*4", "--mixer.swa.window"], "--mixer.swa.window: expected a value after it"),
         (["--pattern", "swa*4", "--mixer.swa.window", "["], "--mixer.swa.window '[': not valid YAML"),
-        (["--pattern", "swa*4", "--mixers", "none.yaml"], "none.yaml: [Errno 2]"),
+        (["--pattern", "swa*4", "--mixers", "none.yaml"], "none.yaml: cannot be read: No such file"),
         (["--pattern", "swa*4", "--layers", "0-x"], "--layers: '0-x'; expected numbers and ranges of layers"),
         (["--pattern", "swa*4", "--layers", "0-99999999999"], "--layers: '0-99999999999'; expected numbers"),
         (["--pattern", "swa*4", "--layers", "3-0"], "--layers: '3-0'; expected numbers"),
@@ -229,3 +230,54 @@ def test_mistakes_in_files(source: Path, tmp_path: Path, capsys: pytest.CaptureF
     refused(
         capsys, [source, "--pattern", "swa*4", "--mixers", mixers, "--mixer.swa.window", "3", "--dry-run"], "swa: 3"
     )
+
+
+def test_links_and_folders_in_the_way(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another folder's files, the source's too, stay what they are when links to them are replaced."""
+    other, out = tmp_path / "other.json", tmp_path / "out"
+    other.write_text("another model's")
+    out.mkdir()
+    (out / "tokenizer.json").symlink_to(other)
+    (out / "generation_config.json").symlink_to(source / "generation_config.json")
+    (out / "vocab.json").write_text("of the model that was there")
+    command = [source, "--pattern", "swa*4", "--out", out, "--force"]
+    converted(capsys, *command)
+    assert other.read_text() == "another model's"
+    assert not (out / "vocab.json").exists()
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+        assert not (out / name).is_symlink()
+    for name in ("tokenizer_config.json", "merges.txt"):  # one to write, one to remove
+        (out / name).unlink(missing_ok=True)
+        (out / name).mkdir()
+        before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+        refused(capsys, [*command[:2], "gdn*4", *command[3:]], f"{name}: is a folder; expected a file, or nothing")
+        assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+        (out / name).rmdir()
+
+
+def test_a_dtype_that_is_too_narrow(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = load_file(source / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
+    tensors[name][0, 0] = 1e6
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    command = [source, "--pattern", "gdn*4", "--out", tmp_path / "out", "--dtype"]
+    refused(
+        capsys,
+        [*command, "float16"],
+        "dtype: decoder.layers.1.mlp.up_proj.weight holds 1e+06, too large for float16; expected at most 65504",
+    )
+    assert not (tmp_path / "out").exists()
+    converted(capsys, *command, "bfloat16")
+    assert hybridvl.load(tmp_path / "out").state_dict()["decoder.layers.1.mlp.up_proj.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("flag", ["--json", "--out", "--mixers"])
+def test_names_that_no_file_can_have(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = [published, "--pattern", "swa*4", *([] if flag == "--out" else ["--dry-run"])]
+    refused(capsys, [*command, flag, "x" * 300], "(300 characters): File name too long; expected a path")
+    refused(capsys, [*command, flag, "a\0b"], "'a\\x00b': embedded null byte; expected a path")
+    assert list(tmp_path.iterdir()) == []

@@ -54,7 +54,7 @@ def test_a_full_disk_leaves_the_earlier_file(saved: Path, monkeypatch: pytest.Mo
 def test_a_device_that_is_really_full(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint(GOOD, path)
-    (tmp_path / ".last.ckpt.partial").symlink_to("/dev/full")
+    (tmp_path / f".last.ckpt.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(ConfigError, match="No space left on device; the earlier"):
         AtomicCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.zeros(100_000)}}, path)
     assert tiny.same(read_checkpoint(path), GOOD)
