@@ -12,10 +12,11 @@ from hybridvl.layers.base import MixerConfig, Sequence, State
 from hybridvl.layers.decay import Float32Parameters, init_decay
 from hybridvl.layers.norms import GatedRMSNorm, at_least_float32
 from hybridvl.layers.ops import gated_delta_rule
-from hybridvl.layers.ops.backend import backend_names
+from hybridvl.layers.ops.backend import backend_names, backend_or_auto
 from hybridvl.layers.ops.gated_delta_rule import gated_delta_rule_flops
+from hybridvl.layers.ops.gdn_step import gated_delta_net_step
 from hybridvl.layers.registry import register
-from hybridvl.layers.rows import RowMixer, readable, zero_padding
+from hybridvl.layers.rows import RowMixer, is_step, readable, zero_padding
 from hybridvl.layers.short_conv import ShortConv
 from hybridvl.layers.validate import check_types, check_width, expect, expect_at_least, expect_positive
 
@@ -154,6 +155,8 @@ class GatedDeltaNet(Float32Parameters, RowMixer):
     def mix(self, x: Tensor, sequence: Sequence, state: State | None) -> Tensor:
         """See `RowMixer.mix`."""
         assert state is None or isinstance(state, GatedDeltaNetState)
+        if state is not None and is_step(x, sequence):
+            return self._step(x, state)
         k_heads, v_heads = (-1, self.config.head_dim), (-1, self.config.value_dim)
         q = self.q_conv1d(self.q_proj(x), sequence, state and state.conv_q).unflatten(-1, k_heads)  # (B, T, H, K)
         k = self.k_conv1d(self.k_proj(x), sequence, state and state.conv_k).unflatten(-1, k_heads)
@@ -186,6 +189,32 @@ class GatedDeltaNet(Float32Parameters, RowMixer):
         shape = (batch, self.config.value_head_count, self.config.head_dim, self.config.value_dim)
         recurrent = torch.zeros(shape, device=conv_q.device, dtype=at_least_float32(conv_q.dtype))
         return GatedDeltaNetState(recurrent, conv_q, conv_k, conv_v)
+
+    def _step(self, x: Tensor, state: GatedDeltaNetState) -> Tensor:
+        """One token of every row, (B, 1, D)."""
+        x = x.squeeze(1)
+        y = gated_delta_net_step(
+            self.q_proj(x),
+            self.k_proj(x),
+            self.v_proj(x),
+            None if self.g_proj is None else self.g_proj(x),
+            self.a_proj(x),
+            self.b_proj(x),
+            state.recurrent,
+            state.conv_q,
+            state.conv_k,
+            state.conv_v,
+            self.q_conv1d.weight.squeeze(1),
+            self.k_conv1d.weight.squeeze(1),
+            self.v_conv1d.weight.squeeze(1),
+            self.A_log,
+            self.dt_bias,
+            self.o_norm.weight,
+            self.config.norm_eps,
+            self.config.negative_eigenvalues,
+            backend_or_auto("gated_delta_net_step", self.config.backend),
+        )
+        return self.o_proj(y).unsqueeze(1)
 
     def _decay_and_rate(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """g and beta, (B, T, H) each, in float32 or wider."""

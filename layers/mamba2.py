@@ -13,10 +13,11 @@ from hybridvl.layers.decay import Float32Parameters, init_decay
 from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.norms import GatedRMSNorm, at_least_float32
 from hybridvl.layers.ops import ssd
-from hybridvl.layers.ops.backend import backend_names
+from hybridvl.layers.ops.backend import backend_names, backend_or_auto
+from hybridvl.layers.ops.mamba2_step import mamba2_step
 from hybridvl.layers.ops.ssd import ssd_flops
 from hybridvl.layers.registry import register
-from hybridvl.layers.rows import RowMixer, readable, zero_padding
+from hybridvl.layers.rows import RowMixer, is_step, readable, zero_padding
 from hybridvl.layers.short_conv import ShortConv
 from hybridvl.layers.validate import check_types, check_width, expect, expect_at_least, expect_positive
 
@@ -150,6 +151,8 @@ class Mamba2(Float32Parameters, RowMixer):
         assert state is None or isinstance(state, Mamba2State)
         config, inner = self.config, self.sizes[0]
         z, channels, dt = self.in_proj(x).split(self.sizes, dim=-1)
+        if state is not None and is_step(x, sequence):
+            return self.out_proj(self._step(z.squeeze(1), channels.squeeze(1), dt.squeeze(1), state).unsqueeze(1))
         channels = self.conv1d(channels, sequence, state and state.conv)
         values, b, c = channels.split((inner, *(2 * [config.groups * config.state_dim])), dim=-1)
         wide = at_least_float32(x.dtype)
@@ -168,6 +171,25 @@ class Mamba2(Float32Parameters, RowMixer):
         if state is not None:
             state.recurrent.copy_(final)
         return self.out_proj(self.norm(y.flatten(2), z))
+
+    def _step(self, z: Tensor, channels: Tensor, dt: Tensor, state: Mamba2State) -> Tensor:
+        """One token of every row, from its projections (B, ...) to the input of out_proj."""
+        return mamba2_step(
+            z,
+            channels,
+            dt,
+            state.recurrent,
+            state.conv,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.A_log,
+            self.dt_bias,
+            self.D,
+            self.norm.weight,
+            self.config.norm_eps,
+            self.config.groups,
+            backend_or_auto("mamba2_step", self.config.backend),
+        )
 
     def init_state(
         self, batch: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -58,6 +58,11 @@ class RowMixer(Mixer):
         return [(dim, table) for dim, table in sequence.rotary.items() if dim == self.rotary_dim]
 
 
+def is_step(x: Tensor, sequence: Sequence) -> bool:
+    """Whether aligned x (B, T, D) is one real token in every row, and autograd does not record."""
+    return x.shape[1] == 1 and sequence.mask is None and not torch.is_grad_enabled()
+
+
 def token_counts(x: Tensor, sequence: Sequence) -> Tensor:
     """Real tokens in each row of aligned x (B, T, D): (B,) int64."""
     if sequence.mask is None:

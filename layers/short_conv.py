@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hybridvl.layers.base import Sequence
 from hybridvl.layers.ops import causal_conv
-from hybridvl.layers.ops.backend import backend_names
+from hybridvl.layers.ops.backend import backend_or_auto
 from hybridvl.layers.rows import readable, token_counts
 
 
@@ -21,7 +21,7 @@ class ShortConv(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
-        self.backend = backend if backend in backend_names("causal_conv") else "auto"
+        self.backend = backend_or_auto("causal_conv", backend)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

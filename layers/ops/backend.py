@@ -13,27 +13,82 @@ import torch
 from hybridvl.layers.errors import ConfigError
 
 ENVIRONMENT = "HYBRIDVL_BACKEND"
-_FLA_MAX_KEY_DIM = 256
 
 # Looked up once, so that `resolve_backend` is plain Python that torch.compile can trace. (Marking it constant for the
 # compiler would import torch._dynamo, and with it Triton where that is installed.)
-_INSTALLED = frozenset(name for name in ("triton", "fla") if importlib.util.find_spec(name) is not None)
+_INSTALLED = frozenset(name for name in ("triton", "fla", "flash_attn") if importlib.util.find_spec(name) is not None)
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes")
 
 
 class _Workload(NamedTuple):
-    """What decides whether an implementation can run."""
+    """What decides whether an implementation can run, and whether it is the best; see `resolve_backend`."""
 
     device: torch.device
     dtype: torch.dtype
-    key_dim: int
+    key_dim: int = 0
+    value_dim: int = 0
+    tokens: int = 0
+    grad: bool = False
+    packed: bool = False
+    windowed: bool = False
+    masked: bool = False
+
+
+def _always(work: _Workload) -> bool:
+    return True
+
+
+def _on_cuda(work: _Workload) -> bool:
+    return work.device.type == "cuda"
+
+
+def _long_bands(work: _Workload) -> bool:
+    """Where FlexAttention's skipped blocks are worth its compilation."""
+    return (work.windowed or work.packed) and work.tokens >= 1024
+
+
+def _plain(work: _Workload) -> bool:
+    """Where one fused call does no masked work: elsewhere its dense mask takes O(T^2) time and memory."""
+    return _on_cuda(work) and not (work.windowed or work.packed)
+
+
+_HALF = (torch.bfloat16, torch.float16)
+_NARROW = (*_HALF, torch.float32)
 
 
 @dataclass(frozen=True)
 class _Backend:
-    """An implementation of an operator by name, and why it cannot run a workload (None when it can)."""
+    """An implementation of an operator by name, what it needs, and for what `auto` takes it."""
 
     name: str
-    unusable: Callable[[_Workload], str | None]
+    packages: tuple[str, ...] = ()
+    cuda: bool = False
+    dtypes: tuple[torch.dtype, ...] = ()  # () = all
+    max_dim: int = 0  # of keys and values, 0 = any
+    equal_dims: bool = False  # values as wide as keys
+    grad: bool = True  # gradients can be recorded
+    masks: bool = True  # takes masks of the keys
+    best: Callable[[_Workload], bool] = _always
+
+    def unusable(self, work: _Workload) -> str | None:
+        """Why it cannot run a workload; None when it can."""
+        dim = max(work.key_dim, work.value_dim)
+        kernels = "its Triton kernels" if "triton" in self.packages else "its kernels"
+        interpreted = self.name == "triton" and _INTERPRETED and work.device.type == "cpu"
+        if self.cuda and work.device.type != "cuda" and not interpreted:
+            return f"{kernels} need CUDA tensors, these are on {work.device.type!r}"
+        if self.dtypes and work.dtype not in self.dtypes:
+            return f"{kernels} take {_words(self.dtypes)}, not {work.dtype}"
+        if self.max_dim and dim > self.max_dim:
+            return f"{kernels} take key and value dims up to {self.max_dim}, not {dim}"
+        if self.equal_dims and work.value_dim not in (0, work.key_dim):
+            return f"{kernels} take values as wide as keys, not {work.value_dim} beside {work.key_dim}"
+        if work.grad and not self.grad:
+            return f"{kernels} have no backward pass, and gradients are recorded"
+        if work.masked and not self.masks:
+            return f"{kernels} take no mask of the keys"
+        missing = [name for name in self.packages if name not in _INSTALLED]
+        return f"{' and '.join(missing)} not installed" if missing else None
 
 
 @dataclass(frozen=True)
@@ -47,50 +102,56 @@ class BackendChoice:
     chosen: bool
 
 
-def _always(work: _Workload) -> str | None:
-    return None
-
-
-def _needs_fla(work: _Workload) -> str | None:
-    if work.device.type != "cuda":
-        return f"its Triton kernels need CUDA tensors, these are on {work.device.type!r}"
-    if work.dtype not in (torch.bfloat16, torch.float16):
-        return f"its kernels take bfloat16 and float16, not {work.dtype}"
-    if work.key_dim > _FLA_MAX_KEY_DIM:
-        return f"its kernels take key dims up to {_FLA_MAX_KEY_DIM}, not {work.key_dim}"
-    missing = [name for name in ("triton", "fla") if name not in _INSTALLED]
-    if missing:
-        return f"{' and '.join(missing)} not installed"
-    return None
-
-
-_REFERENCE, _TORCH, _FLA = _Backend("reference", _always), _Backend("torch", _always), _Backend("fla", _needs_fla)
+_REFERENCE, _TORCH = _Backend("reference"), _Backend("torch")
+_FLA = _Backend("fla", ("triton", "fla"), cuda=True, dtypes=_HALF, max_dim=256)
+_FLASH = _Backend("flash_attn", ("flash_attn",), cuda=True, dtypes=_HALF, max_dim=256, equal_dims=True, masks=False)
+_FLEX = _Backend("flex", ("triton",), cuda=True, dtypes=_NARROW, max_dim=256, masks=False, best=_long_bands)
+_SDPA = _Backend("sdpa", best=_plain)
+_NORM = _Backend("triton", ("triton",), cuda=True, dtypes=_NARROW, max_dim=16384, best=_on_cuda)
+_STEP = _Backend("triton", ("triton",), cuda=True, dtypes=_NARROW, max_dim=256, grad=False, best=_on_cuda)
 
 # In the order in which `auto` tries them; the reference comes last.
 _BACKENDS: dict[str, tuple[_Backend, ...]] = {
     "gated_delta_rule": (_FLA, _TORCH, _REFERENCE),
-    "ssd": (_TORCH, _REFERENCE),
+    "ssd": (_FLA, _TORCH, _REFERENCE),
     "causal_conv": (_TORCH, _REFERENCE),
-    "attention": (_TORCH, _REFERENCE),
+    "attention": (_FLASH, _FLEX, _SDPA, _TORCH, _REFERENCE),
+    "ring_attention": (_STEP, _TORCH, _REFERENCE),
+    "gated_delta_net_step": (_STEP, _TORCH, _REFERENCE),
+    "mamba2_step": (_STEP, _TORCH, _REFERENCE),
+    "gated_rms_norm": (_NORM, _TORCH, _REFERENCE),
 }
 
 
 def resolve_backend(
-    op: str, requested: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, key_dim: int = 0
+    op: str,
+    requested: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    key_dim: int = 0,
+    value_dim: int = 0,
+    tokens: int = 0,
+    grad: bool = False,
+    packed: bool = False,
+    windowed: bool = False,
+    masked: bool = False,
 ) -> str:
-    """The name of the backend that operator `op` uses for tensors of a device, a dtype and a key dim K.
+    """The name of the backend that operator `op` uses for tensors of a device and a dtype.
 
+    key_dim, value_dim: K and V per head (of a norm: the width of a group), 0 = does not matter. tokens: T. grad:
+    gradients are recorded. packed, windowed, masked: cu_seqlens, a window, a mask of the keys are given.
     `requested` other than "auto" decides; else the environment variable HYBRIDVL_BACKEND, either one name for every
-    operator that has it ("reference") or a list ("ssd=reference,attention=torch"); else the first usable one.
+    operator that has it ("reference") or a list ("ssd=reference,attention=torch"); else the first that is usable and
+    best for such tensors.
     Raises ConfigError, saying why, when the explicit choice is unknown or unusable.
     """
-    work = _Workload(device, dtype, key_dim)
+    work = _Workload(device, dtype, key_dim, value_dim, tokens, grad, packed, windowed, masked)
     if requested != "auto":
         return _explicit(op, requested, work, f"{op}: backend")
     named = _from_environment().get(op, "auto")
     if named != "auto":
         return _explicit(op, named, work, f"{ENVIRONMENT}: {op}")
-    return next(backend.name for backend in _BACKENDS[op] if backend.unusable(work) is None)
+    return next(backend.name for backend in _BACKENDS[op] if backend.best(work) and backend.unusable(work) is None)
 
 
 def backend_names(op: str) -> tuple[str, ...]:
@@ -98,17 +159,26 @@ def backend_names(op: str) -> tuple[str, ...]:
     return ("auto", *sorted(backend.name for backend in _BACKENDS[op]))
 
 
-def backends_report(device: torch.device | str = "cpu") -> list[BackendChoice]:
-    """Every operator's backends as they stand for bfloat16 tensors on `device`."""
-    device = torch.device(device)
-    work = _Workload(device, torch.bfloat16, 0)
+def backend_or_auto(op: str, name: str) -> str:
+    """A mixer's choice as the `backend` of one of its operators: "auto" when that operator has no such backend."""
+    return name if name in backend_names(op) else "auto"
+
+
+def backends_report(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> list[BackendChoice]:
+    """Every operator's backends as they stand for tensors of a dtype on `device`, without gradients or masks."""
+    work = _Workload(torch.device(device), dtype)
     rows = []
     for op, backends in _BACKENDS.items():
-        chosen = resolve_backend(op, "auto", device)
+        chosen = resolve_backend(op, "auto", work.device, dtype)
         for backend in backends:
             reason = backend.unusable(work)
             rows.append(BackendChoice(op, backend.name, reason is None, reason or "", backend.name == chosen))
     return rows
+
+
+def _words(dtypes: tuple[torch.dtype, ...]) -> str:
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _explicit(op: str, name: str, work: _Workload, place: str) -> str:

@@ -16,6 +16,7 @@ from hybridvl.layers.ops.backend import backend_names, backends_report, resolve_
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OPS = ("gated_delta_rule", "ssd", "causal_conv", "attention")
+MORE = ("ring_attention", "gated_delta_net_step", "mamba2_step", "gated_rms_norm")
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,7 @@ def _fla_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hybridvl.layers.ops.backend._INSTALLED", frozenset({"fla", "triton"}))
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", OPS + MORE)
 def test_auto_is_torch_on_a_cpu(op: str) -> None:
     assert resolve_backend(op, "auto", CPU) == "torch"
     assert {"auto", "torch", "reference"} <= set(backend_names(op))
@@ -121,8 +122,8 @@ def test_environment_reaches_the_operators(backend: str, monkeypatch: pytest.Mon
 
 def test_report_names_every_backend_once() -> None:
     rows = backends_report()
-    assert {row.op for row in rows} == set(OPS)
-    assert [row.backend for row in rows if row.chosen] == ["torch"] * 4
+    assert {row.op for row in rows} == set(OPS + MORE)
+    assert [row.backend for row in rows if row.chosen] == ["torch"] * len(OPS + MORE)
     (fla,) = (row for row in rows if row.backend == "fla")
     assert not fla.usable
     assert "CUDA" in fla.reason

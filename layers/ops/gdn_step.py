@@ -1,0 +1,132 @@
+"""One token of a Gated DeltaNet layer between its projections, with states that are updated in place."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridvl.layers.errors import ConfigError
+from hybridvl.layers.ops.backend import resolve_backend
+from hybridvl.layers.ops.checks import check_floating, check_shape, full_precision, internal_dtype
+
+L2_EPS = 1e-6  # of the unit length of queries and keys, as in `gated_delta_rule`
+
+
+@torch.no_grad()
+def gated_delta_net_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    recurrent: Tensor,
+    conv_q: Tensor,
+    conv_k: Tensor,
+    conv_v: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    v_weight: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    norm_weight: Tensor,
+    norm_eps: float = 1e-5,
+    negative_eigenvalues: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Convolutions and SiLU, unit q and k, decay and rate, delta rule, gated norm: y (B, H * V) of one token a row.
+
+    q, k: (B, Hk * K), v: (B, H * V), gate: (B, H * V) or None, a, b: (B, H): projections of the token; head h uses
+    query and key head h // (H / Hk). recurrent: (B, H, K, V) in float32 (float64 for float64); conv_q, conv_k, conv_v:
+    (B, channels, W), the last W inputs, oldest first. All four states are updated IN PLACE, at their addresses.
+    q_weight, k_weight, v_weight: (channels, W). A_log, dt_bias: (H,). norm_weight: (V,).
+    S = e^g S; S = S + k (beta (v - k^T S))^T; o = K^-0.5 S^T q with g = -e^A_log softplus(a + dt_bias) and
+    beta = sigmoid(b), twice that with negative_eigenvalues; y = rmsnorm(o) norm_weight silu(gate).
+    No autograd. Computes in float32 (float64 for float64) and returns y in v's dtype. Nothing is read on the host, and
+    nothing in the shapes depends on data. Backends: "reference", "torch". Raises ConfigError naming a misshapen
+    argument.
+    """
+    _check(q, k, v, gate, a, b, recurrent, (conv_q, conv_k, conv_v), (q_weight, k_weight, v_weight))
+    resolve_backend("gated_delta_net_step", backend, v.device, v.dtype, recurrent.shape[2])
+    heads, value_dim = recurrent.shape[1], recurrent.shape[3]
+    wide = internal_dtype(v, recurrent)
+    queries, keys, values = (
+        convolve_step(x, state, weight, None)
+        for x, state, weight in ((q, conv_q, q_weight), (k, conv_k, k_weight), (v, conv_v, v_weight))
+    )
+    g = -A_log.to(wide).exp() * F.softplus(a.to(wide) + dt_bias.to(wide))  # (B, H)
+    beta = b.to(wide).sigmoid() * (2 if negative_eigenvalues else 1)
+    with full_precision(v.device):
+        o = _delta_rule(
+            _unit(queries.unflatten(-1, (-1, recurrent.shape[2]))),
+            _unit(keys.unflatten(-1, (-1, recurrent.shape[2]))),
+            values.unflatten(-1, (heads, value_dim)),
+            g,
+            beta,
+            recurrent,
+        )
+    o = o * (o.square().mean(-1, keepdim=True) + norm_eps).rsqrt() * norm_weight.to(wide)
+    if gate is not None:
+        o = o * F.silu(gate.to(wide)).view_as(o)
+    return o.flatten(1).to(v.dtype)
+
+
+def convolve_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """SiLU of a causal convolution at one new input x (B, D): (B, D) in float32 or wider.
+
+    state: (B, D, W), the last W inputs, shifted in place; weight: (D, W); bias: (D,).
+    """
+    state.copy_(torch.cat((state[:, :, 1:], x.to(state.dtype).unsqueeze(-1)), dim=-1))
+    wide = internal_dtype(x, state)
+    y = (state.to(wide) * weight.to(wide)).sum(-1)
+    return F.silu(y if bias is None else y + bias.to(wide))
+
+
+def _delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
+    """q, k (B, Hk, K), v (B, H, V), g, beta (B, H) and the state (B, H, K, V), updated in place -> o (B, H, V)."""
+    repeats = v.shape[1] // k.shape[1]
+    pair = torch.stack((k, q * k.shape[-1] ** -0.5), dim=2)  # (B, Hk, 2, K)
+    pair = pair.repeat_interleave(repeats, dim=1) if repeats > 1 else pair
+    decay = g.exp()[..., None, None]
+    read = (pair @ state) * decay  # (B, H, 2, V): decayed k^T S and q^T S, before the update
+    change = beta[..., None, None] * (v.unsqueeze(2) - read[:, :, :1])  # (B, H, 1, V)
+    overlap = (pair[:, :, :1] * pair[:, :, 1:]).sum(-1, keepdim=True)  # q . k
+    state.mul_(decay).add_(pair[:, :, :1].mT @ change)
+    return (read[:, :, 1:] + overlap * change).squeeze(2)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x * (x.square().sum(-1, keepdim=True) + L2_EPS).rsqrt()
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    recurrent: Tensor,
+    states: tuple[Tensor, Tensor, Tensor],
+    weights: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    op = "gated_delta_net_step"
+    check_floating(op, {"q": q, "k": k, "v": v, "gate": gate, "a": a, "b": b, "recurrent": recurrent})
+    check_shape(op, "recurrent", recurrent, "(B, H, K, V)", (None, None, None, None))
+    batch, heads, key_dim, value_dim = recurrent.shape
+    check_shape(op, "v", v, "(B, H * V)", (batch, heads * value_dim))
+    check_shape(op, "q", q, "(B, Hk * K)", (batch, None))
+    check_shape(op, "k", k, "(B, Hk * K)", tuple(q.shape))
+    key_heads = q.shape[1] // key_dim
+    if key_heads == 0 or q.shape[1] % key_dim or heads % key_heads:
+        raise ConfigError(
+            f"{op}: q has {q.shape[1]} channels, expected K = {key_dim} times a divisor of the {heads} value heads"
+        )
+    if gate is not None:
+        check_shape(op, "gate", gate, "(B, H * V)", tuple(v.shape))
+    check_shape(op, "a", a, "(B, H)", (batch, heads))
+    check_shape(op, "b", b, "(B, H)", (batch, heads))
+    for name, x, state, weight in zip("qkv", (q, k, v), states, weights, strict=True):
+        check_shape(op, f"{name}_weight", weight, "(channels, W)", (x.shape[1], None))
+        check_shape(op, f"conv_{name}", state, "(B, channels, W)", (*x.shape, weight.shape[1]))
