@@ -87,8 +87,9 @@ class HybridVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         attention_mask: (B, T), or (B, seen + T) with a cache, of which the last T columns count. position_ids:
         (3, B, T); by default they follow from the grids, the mask and the cache. past_key_values: the
-        cache of an earlier output, updated in place. inputs_embeds: (B, T, D) in place of input_ids, for text alone.
-        labels: (B, T), -100 where there is nothing to predict; shifted here. num_items_in_batch: by what the summed
+        cache of an earlier output, updated in place. inputs_embeds: (B, T, D) in place of input_ids; with pictures in
+        them, position_ids too. labels: (B, T), -100 where there is nothing to predict; shifted here, packed segments
+        apart. num_items_in_batch: by what the summed
         loss is divided; None takes the mean. use_cache: return a cache. logits_to_keep: how many of the last positions
         get logits (0 is all), or which positions. mm_token_type_ids: not needed, the tokens tell; taken because
         transformers' processors give it. Mistakes in the inputs are ConfigErrors.
@@ -104,6 +105,8 @@ class HybridVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embeds, grids = self._embed(input_ids, inputs_embeds, *visuals, second_per_grid_ts, cache)
         mask = None if attention_mask is None else _new_columns(attention_mask, embeds, cache)
         if position_ids is None:
+            if input_ids is None and not grids.empty:
+                raise ConfigError("position_ids: None with inputs_embeds and grids; expected those of `rope_positions`")
             ids = embeds.new_zeros(embeds.shape[:2], dtype=torch.int64) if input_ids is None else input_ids
             state = None if cache is None else cache.state
             position_ids = self.net.next_positions(ids, grids, mask, cu_seqlens, state)
@@ -114,7 +117,8 @@ class HybridVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits = F.linear(hidden[:, kept], self.net.lm_head_weight) if head is None else head(hidden[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, logits.shape[-1], num_items_in_batch=num_items_in_batch)
+            targets = _targets(labels, logits, cu_seqlens)
+            loss = self.loss_function(logits, targets, logits.shape[-1], num_items_in_batch=num_items_in_batch)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -178,18 +182,18 @@ class HybridVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, VisualGrids]:
         """Embeddings of the inputs, and the grids that their positions depend on."""
         pixels = pixel_values is not None or pixel_values_videos is not None
+        grids = VisualGrids(image_grid_thw, video_grid_thw, second_per_grid_ts)
         if inputs_embeds is not None:
             if input_ids is not None or pixels:
                 raise ConfigError("inputs_embeds: given with input_ids or pixel values; expected only one of them")
-            return inputs_embeds, VisualGrids()
+            return inputs_embeds, grids
         if input_ids is None:
             raise ConfigError("input_ids: None; expected tokens, or inputs_embeds")
-        if cache is not None and cache.seen and not pixels:
-            # A step of `generate`, which passes on the grids of the prompt. As in `decode_step`, a generated visual
+        if cache is not None and cache.seen and not pixels and input_ids.shape[1] == 1:
+            # A step of `generate`, which may pass on the grids of the prompt. As in `decode_step`, a generated visual
             # token is a token like any other: no image belongs to it.
             return self.net.decoder.embed_tokens(input_ids), VisualGrids()
-        embeds = self.net.embed(input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
-        return embeds, VisualGrids(image_grid_thw, video_grid_thw, second_per_grid_ts)
+        return self.net.embed(input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw), grids
 
     def _decode(
         self,
@@ -298,6 +302,19 @@ def _fresh(config: HybridVLConfig) -> VisionLanguageModel:
     finally:
         torch.set_default_dtype(dtype)
     return net.to(dtype)
+
+
+def _targets(labels: Tensor, logits: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Labels (B, T) without those that no token of their segment comes before."""
+    if labels.shape != logits.shape[:2]:
+        raise ConfigError(
+            f"labels: shape {tuple(labels.shape)}; expected {tuple(logits.shape[:2])}, one for each token that gets "
+            "logits (logits_to_keep: 0)"
+        )
+    if cu_seqlens is None:
+        return labels
+    begins = cu_seqlens[:-1].long()
+    return labels.index_fill(1, begins[begins < labels.shape[1]], -100)  # an empty segment may begin at the end
 
 
 def _new_columns(mask: Tensor, embeds: Tensor, cache: HybridVLCache | None) -> Tensor | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from hf_cases import CASES, NO_VISUALS, Case, Wrapped, reloaded, video_inputs
-from model_cases import DATA
+from model_cases import DATA, joined_images, prompt
 from transformers import AutoModelForImageTextToText
 
 import hybridvl
@@ -110,6 +111,48 @@ def test_a_conversation_goes_on_from_the_returned_cache(case: Case) -> None:
     assert goes_on.past_key_values.get_seq_length() == ids.shape[1] + 3
 
 
+def test_a_second_turn_shows_a_picture() -> None:
+    model = Wrapped.wrap(CASES[1].net())
+    one, two = prompt(5, [(1, 4, 6)], 1), prompt(4, [(1, 6, 6)], 2)
+    options = {"max_new_tokens": 4, "return_dict_in_generate": True, "bad_words_ids": NO_VISUALS}
+    images = {"pixel_values": two.pixel_values, "image_grid_thw": two.image_grid_thw}
+    first = model.generate(one.input_ids, pixel_values=one.pixel_values, image_grid_thw=one.image_grid_thw, **options)
+    ids = torch.cat((first.sequences, two.input_ids), dim=1)
+    afresh = model.generate(ids, **joined_images([one, two]), **options)
+    with pytest.raises(ConfigError, match=r"input_ids: 9 image tokens \(id 90\), but the images given make 0"):
+        model.generate(ids, past_key_values=first.past_key_values, **options)
+    goes_on = model.generate(ids, past_key_values=first.past_key_values, **images, **options)
+    assert torch.equal(goes_on.sequences, afresh.sequences)
+
+
+def test_generation_config_of_the_folder(tmp_path: Path) -> None:
+    net, inputs = CASES[1].net(), CASES[1].inputs()
+    length = inputs["input_ids"].shape[1]
+    free = net.generate(max_new_tokens=NEW, **inputs)[:, length:]
+    stop = int(free[0, 2])
+    hybridvl.save(net, tmp_path / "ours")
+    settings = {"eos_token_id": [stop, 95], "pad_token_id": 77, "max_new_tokens": NEW}
+    (tmp_path / "ours" / "generation_config.json").write_text(json.dumps(settings))
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "ours")
+    found = model.generate(**inputs)[:, length:]
+    for ours, row in zip(free.tolist(), found.tolist(), strict=True):
+        end = next((n + 1 for n, token in enumerate(ours) if token in (stop, 95)), NEW)
+        assert row == (ours[:end] + [77] * (NEW - end))[: len(row)]
+    assert stop in found[0]
+    model.save_pretrained(tmp_path / "theirs")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "theirs")
+    assert torch.equal(again.generate(**inputs)[:, length:], found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32, torch.bfloat16], ids=str)
+def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
+    net, inputs = CASES[1].net(), CASES[1].inputs()
+    wanted = net.generate(max_new_tokens=4, **inputs)
+    inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
+    assert torch.equal(net.generate(max_new_tokens=4, **inputs), wanted)
+    assert torch.equal(Wrapped.wrap(net).generate(max_new_tokens=4, **inputs), wanted)
+
+
 def test_a_prompt_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     net, inputs = CASES[4].net(), CASES[4].inputs()
     monkeypatch.setattr(modeling, "PREFILL_CHUNK", 5)
@@ -129,6 +172,21 @@ def test_embeddings_in_place_of_tokens(beams: int) -> None:
         model(inputs["input_ids"], inputs_embeds=embeds)
     with pytest.raises(ConfigError, match="input_ids: None; expected tokens, or inputs_embeds"):
         model()
+
+
+def test_embeddings_with_pictures_need_positions() -> None:
+    net, inputs = CASES[0].net(), CASES[0].inputs()
+    model, grids = Wrapped.wrap(net), inputs["image_grid_thw"]
+    embeds = net.embed(inputs["input_ids"], inputs["pixel_values"], grids)
+    given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"], "image_grid_thw": grids}
+    with pytest.raises(ConfigError, match="position_ids: None with inputs_embeds and grids"):
+        model(**given)
+    places, _ = net.rope_positions(inputs["input_ids"], grids, attention_mask=inputs["attention_mask"])
+    assert torch.equal(model(**given, position_ids=places).logits, model(**inputs).logits)
+    for beams in (1, 2):
+        options = {"max_new_tokens": 4, "num_beams": beams}
+        found = model.generate(**given, position_ids=places, **options)
+        assert torch.equal(found, model.generate(**inputs, **options)[:, -4:])
 
 
 def test_hidden_states_of_every_step() -> None:

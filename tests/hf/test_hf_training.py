@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hf_cases import CASES, NO_VISUALS, Case, Wrapped
+from model_cases import DATA
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
 
 import hybridvl
 from hybridvl.layers import ConfigError
@@ -64,6 +65,46 @@ def test_packed_rows() -> None:
     ids, bounds = torch.arange(9)[None], torch.tensor([0, 4, 9])
     found = Wrapped.wrap(net)(ids, cu_seqlens=bounds).logits
     torch.testing.assert_close(found[:, 4:], net(ids[:, 4:]).logits)
+
+
+@pytest.mark.parametrize("bounds", [[0, 4, 9], [0, 4, 4, 9, 9]], ids=str)
+def test_the_loss_of_packed_rows_stays_within_segments(bounds: list[int]) -> None:
+    model, ids = Wrapped.wrap(CASES[5].net()), torch.arange(9)[None]
+    alone = [model(part, labels=part, num_items_in_batch=7).loss for part in ids.split([4, 5], dim=1)]
+    packed = model(ids, labels=ids, cu_seqlens=torch.tensor(bounds), num_items_in_batch=7).loss
+    torch.testing.assert_close(packed, alone[0] + alone[1])
+
+
+def test_labels_of_another_shape() -> None:
+    model, inputs = Wrapped.wrap(CASES[2].net()), labelled(CASES[2])
+    with pytest.raises(ConfigError, match=r"labels: shape \(3, 9\); expected \(3, 2\).*logits_to_keep: 0"):
+        model(**inputs, logits_to_keep=2)
+    with pytest.raises(ConfigError, match=r"labels: shape \(3, 8\); expected \(3, 9\)"):
+        model(**{**inputs, "labels": inputs["labels"][:, 1:]})
+
+
+@pytest.mark.parametrize("items", [None, 7])
+def test_the_loss_is_that_of_transformers_own_class(items: int | None) -> None:
+    theirs = AutoModelForImageTextToText.from_pretrained(DATA / "qwen2_5_vl_tiny")
+    ours = Wrapped.wrap(hybridvl.load(DATA / "qwen2_5_vl_tiny"))
+    config = ours.net.config
+    image, start = config.image_token_id, config.vision_start_token_id
+    ids = torch.tensor([[7, 3, start, *[image] * 6, 5, 2, 9], [0, 0, 0, 0, 8, start, *[image] * 4, 1, 4]])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "mm_token_type_ids": (ids == image).long(),
+        "pixel_values": torch.randn(40, config.vision.patch_dim, generator=torch.Generator().manual_seed(0)),
+        "image_grid_thw": torch.tensor([[1, 4, 6], [1, 4, 4]]),
+        "labels": ids.masked_fill((ids == 0) | (ids == image), -100),
+        "num_items_in_batch": items,
+    }
+    found, wanted = ours(**inputs).loss, theirs(**inputs).loss
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+    found.backward()
+    wanted.backward()
+    embedding = ours.get_input_embeddings().weight.grad
+    torch.testing.assert_close(embedding, theirs.get_input_embeddings().weight.grad, rtol=1e-3, atol=1e-5)
 
 
 def gradients(model: Wrapped, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
