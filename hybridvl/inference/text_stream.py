@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+_MOST_UNFINISHED = 3  # bytes of a UTF-8 character that lacks its last
 
 
 class TextStream:
@@ -30,12 +31,15 @@ class TextStream:
             return ""
         self._pending.append(token)
         text = self._pending_text()
-        # A character of several bytes decodes to U+FFFD until its last byte is there.
-        certain = text.removesuffix(_UNFINISHED)
+        # A character of several bytes decodes to U+FFFD until its last byte is there: to one, or to one a byte.
+        certain = text
+        for _ in range(_MOST_UNFINISHED):
+            certain = certain.removesuffix(_UNFINISHED)
         new = certain[self._taken :]
         self._taken = max(self._taken, len(certain))
         if certain == text:
-            self._context, self._pending, self._taken = self._pending, [], 0
+            # Tokens without text, special ones, are no neighbours to what follows.
+            self._context, self._pending, self._taken = (self._pending if text else self._context), [], 0
         return self._until_stop(new, last=False)
 
     def finish(self) -> str:
@@ -52,10 +56,11 @@ class TextStream:
 
     def _until_stop(self, new: str, last: bool) -> str:
         text, self._held = self._held + new, ""
-        places = [place for stop in self._stops if (place := text.find(stop)) >= 0]
-        if places:
+        # The one that is complete first, whether tokens are characters or lines.
+        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
+        if found:
             self.stopped = True
-            return text[: min(places)]
+            return text[: min(found)[1]]
         if not last:
             held = self._stop_beginning(text)
             text, self._held = text[: len(text) - held], text[len(text) - held :]
