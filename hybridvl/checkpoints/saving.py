@@ -38,16 +38,17 @@ def save(
 ) -> None:
     """Write a model into a folder: config.json and model.safetensors, or several files and their index.
 
-    format: "hybridvl" (any model), "qwen2_5_vl", "infinitevl" or "mamba2". A model that was loaded from the same
-    format keeps its files' names, shards, metadata and configuration, so that an unchanged model gives the same bytes;
-    any other gets the layout of transformers. Tokenizer and processor files of the folder that the model was loaded
-    from come along unless the folder has its own. max_shard_size: bytes in a file, or text like "5GB"; None keeps the
-    files of the folder that the model was loaded from, else "5GB".
+    model: the model, or the transformers model around it. format: "hybridvl" (any model), "qwen2_5_vl", "infinitevl"
+    or "mamba2". A model that was loaded from the same format keeps its files' names, shards, metadata and
+    configuration, so that an unchanged model gives the same bytes; any other gets the layout of transformers. Tokenizer
+    and processor files of the folder that the model was loaded from come along unless the folder has its own.
+    max_shard_size: bytes in a file, or text like "5GB"; None keeps the files of the folder that the model was loaded
+    from, else "5GB".
 
     All files are replaced together at the end. Raises ConfigError naming the layer or option that the format cannot
     express, or when the folder cannot be written (permissions, full disk); older files then are intact.
     """
-    folder = usable_path(path)
+    folder, model = usable_path(path), _unwrapped(model)
     write_model(model, folder, _side_files(origin_of(model), folder, format), format, max_shard_size)
 
 
@@ -106,6 +107,16 @@ def config_values(format: Format, config: ModelConfig) -> dict[str, Any]:
     if lost:
         raise ConfigError(f"format {format.name!r} cannot express {'; '.join(lost)}")
     return values
+
+
+def _unwrapped(model: object) -> VisionLanguageModel:
+    # The class for transformers keeps its model as an attribute. It is not imported here: transformers takes seconds.
+    inner = getattr(model, "__dict__", {}).get("net", model)
+    if not isinstance(inner, VisionLanguageModel):
+        raise ConfigError(
+            f"model: a {type(model).__name__}; expected a VisionLanguageModel, or the transformers model around one"
+        )
+    return inner
 
 
 def _side_files(origin: Origin | None, folder: Path, format: str) -> dict[str, Path]:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from hf_cases import CASES, Case, Wrapped, reloaded
+from model_cases import DATA
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, pipeline
 
@@ -162,6 +164,25 @@ def test_both_are_one_model() -> None:
     assert net(IDS + 150).logits.shape == (1, 8, 7)
     model.to(torch.float64)
     assert net.lm_head_weight.dtype == torch.float64
+
+
+def test_hybridvl_save_takes_either(tmp_path: Path) -> None:
+    net = CASES[1].net()
+    model = Wrapped.wrap(net)
+    hybridvl.save(net, tmp_path / "net")
+    hybridvl.save(model, tmp_path / "wrapped")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "wrapped" / name).read_bytes() == (tmp_path / "net" / name).read_bytes()
+    # Back into the bytes of another project's folder, too.
+    qwen = hybridvl.load(DATA / "qwen2_5_vl_tiny")
+    hybridvl.save(Wrapped.wrap(qwen), tmp_path / "qwen", format="qwen2_5_vl")
+    for path in (tmp_path / "qwen").glob("*.safetensors"):
+        assert path.read_bytes() == (DATA / "qwen2_5_vl_tiny" / path.name).read_bytes()
+    tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    for other in (tuned, torch.nn.Linear(2, 2), "model"):
+        with pytest.raises(ConfigError, match=f"model: a {type(other).__name__}; expected a VisionLanguageModel"):
+            hybridvl.save(other, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_tokenizer_and_pipeline(tmp_path: Path) -> None:
