@@ -12,7 +12,8 @@ from hybridvl.layers.cache import KeyValueState
 from hybridvl.layers.norms import RMSNorm
 from hybridvl.layers.ops import attention
 from hybridvl.layers.ops.attention import attention_flops
-from hybridvl.layers.ops.backend import backend_names
+from hybridvl.layers.ops.backend import backend_names, backend_or_auto
+from hybridvl.layers.ops.ring_attention import cached_attention, ring_attention, ring_attention_flops
 from hybridvl.layers.rotary import apply_rotary
 from hybridvl.layers.rows import RowMixer, readable, token_counts
 from hybridvl.layers.validate import check_types, check_width, expect, expect_at_least, expect_positive
@@ -75,9 +76,10 @@ class AttentionConfig(MixerConfig):
         projections = 4 * tokens * width * (queries + self.kv_heads * self.head_dim)
         if context == 0:
             return projections + attention_flops(1, tokens, tokens, self.heads, self.head_dim, self.head_dim, window)
-        beside = tokens if window is None or tokens > 1 else 0  # a single token is in the ring before it attends
-        keys = (window or context) + beside
-        return projections + 4 * tokens * keys * queries
+        if window is None or tokens == 1:
+            keys = min(context + tokens, window or context + tokens)
+            return projections + 4 * tokens * keys * queries
+        return projections + ring_attention_flops(1, tokens, context, self.heads, self.head_dim, self.head_dim, window)
 
     def cache_bytes(self, slots: int, dtype: torch.dtype) -> int:
         """Bytes of a row's KeyValueState."""
@@ -138,19 +140,13 @@ class Attention(RowMixer):
         return q, k, v
 
     def _attend_cache(self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState, counts: Tensor) -> Tensor:
-        window, tokens = self.config.slots_limit, q.shape[1]
-        asked = state.length[:, None] + torch.arange(tokens, device=q.device)  # (B, T) positions of the queries
-        if window is None or tokens == 1:
+        backend = backend_or_auto("ring_attention", self.config.backend)
+        before = state.length.clone()
+        if self.config.slots_limit is None or q.shape[1] == 1:
             used = state.append(k, v, counts)
-            keys, values = readable(state.k[:, :used]), readable(state.v[:, :used])
-            held = state.positions()[:, :used]
+            o = cached_attention(q, readable(state.k[:, :used]), readable(state.v[:, :used]), before, backend=backend)
         else:
             # The first queries of a chunk still see tokens that the chunk's last ones push out of the ring.
-            keys, values = torch.cat((state.k, k.to(state.k.dtype)), 1), torch.cat((state.v, v.to(state.v.dtype)), 1)
-            held = torch.cat((state.positions(), asked), 1)
+            o = ring_attention(q, k, v, readable(state.k), readable(state.v), before, backend=backend)
             state.append(k, v, counts)
-        mask = (held[:, None] >= 0) & (held[:, None] <= asked[:, :, None])  # (B, T, S)
-        if window is not None:
-            mask &= held[:, None] > asked[:, :, None] - window
-        o = attention(q, keys.to(q.dtype), values.to(q.dtype), mask=mask, backend=self.config.backend)
-        return o.to(q.dtype)
+        return o
