@@ -35,11 +35,25 @@ def attention(
     key_padding_mask: (B, S) bool, True at real keys; others are seen by none.
     mask: (B, T, S) bool, True where a query may see a key, instead of all of this causal structure.
     Returns (B, T, H, V) in q's dtype; a query that sees no key gives zeros. The windowed form takes O(T window) time
-    and O(window) scratch. Raises ConfigError naming a misshapen argument.
+    and O(window) scratch. Backends: "reference", "torch", "sdpa", "flex", "flash_attn" (docs/backends.md). Raises
+    ConfigError naming a misshapen argument.
     """
     _check(q, k, v, window, cu_seqlens, key_padding_mask, mask)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    chosen = resolve_backend("attention", backend, q.device)
+    chosen = resolve_backend(
+        "attention",
+        backend,
+        q.device,
+        q.dtype,
+        q.shape[3],
+        v.shape[3],
+        q.shape[1],
+        packed=cu_seqlens is not None,
+        windowed=window is not None and window < k.shape[1],
+        masked=mask is not None or key_padding_mask is not None,
+    )
+    if chosen not in ("reference", "torch") and q.numel():
+        return _foreign(chosen, q, k, v, window, factor, cu_seqlens, key_padding_mask, mask)
     if mask is not None:
         run = _dense if chosen == "reference" else _sdpa
         return run(q, k, v, mask[:, None], factor)
@@ -64,6 +78,31 @@ def attention_flops(
     else:
         pairs = sum((stop - start) * (last - first) for start, stop, first, last in _blocks(queries, keys, window))
     return 2 * rows * heads * pairs * (key_dim + value_dim)
+
+
+def _foreign(
+    chosen: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    real: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """A kernel family of others; each module is imported when it is chosen."""
+    if chosen == "sdpa":
+        from hybridvl.layers.ops.kernels import sdpa
+
+        return sdpa.attention(q, k, v, window, scale, cu_seqlens, real, mask)
+    if chosen == "flex":
+        from hybridvl.layers.ops.kernels import flex
+
+        return flex.attention(q, k, v, window, scale, cu_seqlens)
+    from hybridvl.layers.ops.kernels import flash
+
+    return flash.attention(q, k, v, window, scale, cu_seqlens)
 
 
 def _reference(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, real: Tensor | None) -> Tensor:

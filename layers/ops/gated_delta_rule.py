@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -42,10 +39,21 @@ def gated_delta_rule(
     of them. Raises ConfigError naming a misshapen argument.
     """
     _check(q, k, v, g, beta, initial_state, cu_seqlens)
-    chosen = resolve_backend("gated_delta_rule", backend, v.device, v.dtype, k.shape[-1])
+    chosen = resolve_backend(
+        "gated_delta_rule",
+        backend,
+        v.device,
+        v.dtype,
+        k.shape[-1],
+        v.shape[-1],
+        v.shape[1],
+        packed=cu_seqlens is not None,
+    )
     factor = k.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "fla" and v.shape[1] > _STEPWISE_TOKENS:
-        return _fla(q, k, v, g, beta, initial_state, factor, qk_l2norm, cu_seqlens)
+        from hybridvl.layers.ops.kernels import fla
+
+        return fla.gated_delta_rule(q, k, v, g, beta, initial_state, factor, qk_l2norm, cu_seqlens)
     run = _reference if chosen == "reference" else _torch
 
     def segments(tokens: list[Tensor], state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -97,36 +105,6 @@ def _reference(tokens: list[Tensor], state: Tensor, scale: float) -> tuple[Tenso
         outputs.append(q[:, t, :, None, :] @ state)
     o = torch.cat(outputs, dim=2).transpose(1, 2) if outputs else v
     return o.to(out_dtype), state
-
-
-def _fla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    scale: float,
-    qk_l2norm: bool,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """flash-linear-attention's chunk kernel (Triton). Not yet run on a GPU from here."""
-    kernel: Callable[..., tuple[Tensor, Tensor]] = importlib.import_module(
-        "fla.ops.gated_delta_rule"
-    ).chunk_gated_delta_rule
-    repeats = v.shape[2] // k.shape[2]
-    return kernel(
-        q.repeat_interleave(repeats, dim=2).to(v.dtype),
-        k.repeat_interleave(repeats, dim=2).to(v.dtype),
-        v,
-        g.float(),
-        beta,
-        scale=scale,
-        initial_state=None if initial_state is None else initial_state.float(),
-        output_final_state=True,
-        cu_seqlens=cu_seqlens,
-        use_qk_l2norm_in_kernel=qk_l2norm,
-    )
 
 
 def _l2norm(x: Tensor) -> Tensor:

@@ -32,10 +32,13 @@ def ssd(
     cu_seqlens: (rows + 1,) boundaries of the segments packed into one row (B = 1).
     Returns y (B, T, H, P) in x's dtype and the final state (rows, H, P, N), rows = B when not packed, in float32.
     Computes in float32 whatever the inputs' dtype and autocast, in float64 if any input is float64.
-    Raises ConfigError naming a misshapen argument.
+    Backends: "reference", "torch" (chunks), "fla" (CUDA; bfloat16 or float16); a few tokens take the recurrence in all
+    of them. Raises ConfigError naming a misshapen argument.
     """
     _check(x, dt, A, B, C, D, initial_state, cu_seqlens)
-    run = _reference if resolve_backend("ssd", backend, x.device) == "reference" else _torch
+    packed = cu_seqlens is not None
+    chosen = resolve_backend("ssd", backend, x.device, x.dtype, B.shape[3], x.shape[3], x.shape[1], packed=packed)
+    run = _reference if chosen == "reference" else _torch
 
     def segments(tokens: list[Tensor], state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         if state is None:
@@ -44,7 +47,11 @@ def ssd(
         return run(tokens, A, state)
 
     with full_precision(x.device):
-        if cu_seqlens is None:
+        if chosen == "fla" and x.shape[1] > _STEPWISE_TOKENS:
+            from hybridvl.layers.ops.kernels import fla
+
+            y, final = fla.ssd(x, dt, A, B, C, initial_state, cu_seqlens)
+        elif cu_seqlens is None:
             y, final = segments([x, dt, B, C], initial_state, None)
         else:
             y, packed_final = map_segments(segments, [x, dt, B, C], initial_state, cu_seqlens)

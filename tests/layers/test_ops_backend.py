@@ -12,11 +12,21 @@ from torch import Tensor
 
 from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.ops import attention, causal_conv, gated_delta_rule, ssd
-from hybridvl.layers.ops.backend import backend_names, backends_report, resolve_backend
+from hybridvl.layers.ops.backend import backend_names, backend_or_auto, backends_report, resolve_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-OPS = ("gated_delta_rule", "ssd", "causal_conv", "attention")
-MORE = ("ring_attention", "gated_delta_net_step", "mamba2_step", "gated_rms_norm")
+OPS = (
+    "gated_delta_rule",
+    "ssd",
+    "causal_conv",
+    "attention",
+    "ring_attention",
+    "gated_delta_net_step",
+    "mamba2_step",
+    "gated_rms_norm",
+)
+ALL = {"auto", "fla", "flash_attn", "flex", "reference", "sdpa", "torch", "triton"}
+BF16 = torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +39,17 @@ def _fla_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hybridvl.layers.ops.backend._INSTALLED", frozenset({"fla", "triton"}))
 
 
-@pytest.mark.parametrize("op", OPS + MORE)
+@pytest.fixture
+def _all_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridvl.layers.ops.backend._INSTALLED", frozenset({"fla", "triton", "flash_attn"}))
+
+
+@pytest.fixture(autouse=True)
+def _compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridvl.layers.ops.backend._INTERPRETED", False)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_auto_is_torch_on_a_cpu(op: str) -> None:
     assert resolve_backend(op, "auto", CPU) == "torch"
     assert {"auto", "torch", "reference"} <= set(backend_names(op))
@@ -39,7 +59,82 @@ def test_auto_is_torch_on_a_cpu(op: str) -> None:
 def test_installed_fla_is_taken_on_cuda_only() -> None:
     assert resolve_backend("gated_delta_rule", "auto", CUDA) == "fla"
     assert resolve_backend("gated_delta_rule", "auto", CPU) == "torch"
-    assert resolve_backend("ssd", "auto", CUDA) == "torch"
+    assert resolve_backend("ssd", "auto", CUDA) == "fla"
+    assert resolve_backend("ssd", "auto", CPU) == "torch"
+    assert resolve_backend("causal_conv", "auto", CUDA) == "torch"
+
+
+@pytest.mark.usefixtures("_all_installed")
+def test_kernels_of_our_own_are_taken_where_they_run() -> None:
+    for op in ("ring_attention", "gated_delta_net_step", "mamba2_step"):
+        assert resolve_backend(op, "auto", CUDA, BF16, 128) == "triton"
+        assert resolve_backend(op, "auto", CPU, BF16, 128) == "torch"
+        assert resolve_backend(op, "auto", CUDA, torch.float64, 128) == "torch"
+        assert resolve_backend(op, "auto", CUDA, BF16, 128, grad=True) == "torch"
+        with pytest.raises(ConfigError, match=f"{op}: backend 'triton' cannot be used: .* no backward pass"):
+            resolve_backend(op, "triton", CUDA, BF16, 128, grad=True)
+    assert resolve_backend("gated_rms_norm", "auto", CUDA, BF16, 4096, grad=True) == "triton"
+    assert resolve_backend("gated_rms_norm", "auto", CUDA, BF16, 1 << 15) == "torch"
+
+
+@pytest.mark.usefixtures("_all_installed")
+@pytest.mark.parametrize(
+    ("tokens", "options", "expected"),
+    [
+        (4096, {}, "flash_attn"),
+        (4096, {"windowed": True, "grad": True}, "flash_attn"),
+        (4096, {"packed": True}, "flash_attn"),
+        (4096, {"value_dim": 256, "windowed": True}, "flex"),
+        (512, {"value_dim": 256, "windowed": True}, "torch"),
+        (4096, {"value_dim": 256, "packed": True}, "flex"),
+        (4096, {"value_dim": 256}, "sdpa"),
+        (4096, {"value_dim": 512}, "sdpa"),
+        (4096, {"dtype": torch.float32}, "sdpa"),
+        (4096, {"dtype": torch.float32, "windowed": True}, "flex"),
+        (4096, {"dtype": torch.float64, "windowed": True}, "torch"),
+        (4096, {"masked": True}, "sdpa"),
+        (4096, {"masked": True, "windowed": True}, "torch"),
+        (4096, {"device": CPU}, "torch"),
+    ],
+)
+def test_attention_is_chosen_by_shape(tokens: int, options: dict, expected: str) -> None:
+    given = {"device": CUDA, "dtype": BF16, "key_dim": 128, "value_dim": 128, **options}
+    assert resolve_backend("attention", "auto", tokens=tokens, **given) == expected
+
+
+@pytest.mark.usefixtures("_all_installed")
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("flash_attn", {"dtype": torch.float32}, "take bfloat16 and float16, not torch.float32"),
+        ("flash_attn", {"device": CPU}, "its kernels need CUDA tensors, these are on 'cpu'"),
+        ("flash_attn", {"value_dim": 64}, "values as wide as keys, not 64 beside 128"),
+        ("flash_attn", {"masked": True}, "take no mask of the keys"),
+        ("flash_attn", {"key_dim": 512}, "key and value dims up to 256, not 512"),
+        ("flex", {"dtype": torch.float64}, "take bfloat16, float16 and float32, not torch.float64"),
+        ("flex", {"masked": True}, "its Triton kernels take no mask"),
+        ("flex", {"device": CPU}, "its Triton kernels need CUDA tensors"),
+    ],
+)
+def test_attention_says_why_not(name: str, options: dict, reason: str) -> None:
+    given = {"device": CUDA, "dtype": BF16, "key_dim": 128, **options}
+    with pytest.raises(ConfigError, match=f"attention: backend {name!r} cannot be used: .*{reason}"):
+        resolve_backend("attention", name, **given)
+
+
+def test_interpreted_kernels_run_on_a_cpu_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hybridvl.layers.ops.backend._INSTALLED", frozenset({"triton", "fla"}))
+    monkeypatch.setattr("hybridvl.layers.ops.backend._INTERPRETED", True)
+    assert resolve_backend("gated_rms_norm", "triton", CPU) == "triton"
+    assert resolve_backend("gated_rms_norm", "auto", CPU) == "torch"
+    with pytest.raises(ConfigError, match="CUDA tensors"):
+        resolve_backend("gated_delta_rule", "fla", CPU)
+
+
+def test_a_mixer_passes_on_what_its_operators_have() -> None:
+    assert backend_or_auto("gated_delta_net_step", "triton") == "triton"
+    assert backend_or_auto("gated_delta_net_step", "fla") == "auto"
+    assert {name for op in OPS for name in backend_names(op)} == ALL
 
 
 @pytest.mark.usefixtures("_fla_installed")
@@ -69,17 +164,21 @@ def test_unusable_explicit_choice_says_why() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("reference", ["reference"] * 4),
-        ("auto", ["torch"] * 4),
-        (" ", ["torch"] * 4),
-        ("ssd=reference, attention=torch", ["torch", "reference", "torch", "torch"]),
-        ("gated_delta_rule=reference,causal_conv=reference", ["reference", "torch", "reference", "torch"]),
-        ("ssd=auto", ["torch"] * 4),
+        ("reference", dict.fromkeys(OPS, "reference")),
+        ("auto", {}),
+        (" ", {}),
+        ("sdpa", {"attention": "sdpa"}),
+        ("ssd=reference, attention=torch", {"ssd": "reference"}),
+        (
+            "gated_delta_rule=reference,causal_conv=reference",
+            {"gated_delta_rule": "reference", "causal_conv": "reference"},
+        ),
+        ("ssd=auto", {}),
     ],
 )
-def test_environment(text: str, expected: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment(text: str, expected: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYBRIDVL_BACKEND", text)
-    assert [resolve_backend(op, "auto", CPU) for op in OPS] == expected
+    assert {op: resolve_backend(op, "auto", CPU) for op in OPS} == dict.fromkeys(OPS, "torch") | expected
 
 
 def test_argument_beats_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +189,10 @@ def test_argument_beats_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fast", "HYBRIDVL_BACKEND='fast' is unknown; accepted: auto, fla, reference, torch"),
+        (
+            "fast",
+            "HYBRIDVL_BACKEND='fast' is unknown; accepted: auto, fla, flash_attn, flex, reference, sdpa, torch, triton",
+        ),
         ("conv=torch", "'conv=torch' is not OPERATOR=BACKEND; operators: gated_delta_rule, ssd, causal_conv"),
         ("ssd=torch,reference", "'reference' is not OPERATOR=BACKEND"),
         ("ssd=fast", "HYBRIDVL_BACKEND: ssd 'fast' is unknown"),
@@ -106,7 +208,7 @@ def test_unusable_choice_of_the_environment_is_an_error(monkeypatch: pytest.Monk
     monkeypatch.setenv("HYBRIDVL_BACKEND", "fla")
     with pytest.raises(ConfigError, match=r"HYBRIDVL_BACKEND: gated_delta_rule 'fla' cannot be used"):
         resolve_backend("gated_delta_rule", "auto", CPU)
-    assert resolve_backend("ssd", "auto", CPU) == "torch"  # has no such backend, so nothing was asked of it
+    assert resolve_backend("causal_conv", "auto", CPU) == "torch"  # has no such backend, so nothing was asked of it
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
@@ -122,11 +224,13 @@ def test_environment_reaches_the_operators(backend: str, monkeypatch: pytest.Mon
 
 def test_report_names_every_backend_once() -> None:
     rows = backends_report()
-    assert {row.op for row in rows} == set(OPS + MORE)
-    assert [row.backend for row in rows if row.chosen] == ["torch"] * len(OPS + MORE)
-    (fla,) = (row for row in rows if row.backend == "fla")
-    assert not fla.usable
-    assert "CUDA" in fla.reason
+    assert {row.op for row in rows} == set(OPS)
+    assert len({(row.op, row.backend) for row in rows}) == len(rows)
+    assert [row.backend for row in rows if row.chosen] == ["torch"] * len(OPS)
+    for row in rows:
+        if row.backend not in ("torch", "reference", "sdpa"):
+            assert not row.usable
+            assert "CUDA" in row.reason
     assert all(row.reason == "" for row in rows if row.usable)
 
 
@@ -157,7 +261,7 @@ def test_fla_gets_repeated_heads_and_all_options(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         sys.modules["hybridvl.layers.ops.gated_delta_rule"],
         "resolve_backend",
-        lambda op, requested, *workload: requested,
+        lambda op, requested, *workload, packed: requested,
     )
     q, k, v = torch.randn(1, 40, 2, 4), torch.randn(1, 40, 2, 4), torch.randn(1, 40, 4, 4)
     g, beta, state = -torch.rand(1, 40, 4), torch.rand(1, 40, 4), torch.randn(2, 4, 4, 4)

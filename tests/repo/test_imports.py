@@ -64,13 +64,24 @@ def test_layers_import_torch_alone(source: Source) -> None:
     """Kernels (fla, triton, flash-attn) are optional: they may be imported inside functions of layers/ops only."""
     allowed = {"torch", "hybridvl", *sys.stdlib_module_names}
     lines = {line: name for line, name in imported_modules(source, MODULES) if name.split(".")[0] not in allowed}
-    if source.module.startswith("hybridvl.layers.ops"):
+    if source.module.startswith(f"{LAZY}."):  # chosen, and imported, only where its package is
+        lines = {line: name for line, name in lines.items() if name.split(".")[0] not in KERNELS}
+    elif source.module.startswith("hybridvl.layers.ops"):
         top_level = {node.lineno for node in source.tree.body if isinstance(node, ast.Import | ast.ImportFrom)}
         lines = {line: name for line, name in lines.items() if line in top_level or name.split(".")[0] not in KERNELS}
     assert not lines
 
 
 KERNELS = {"fla", "triton", "flash_attn", "causal_conv1d", "mamba_ssm"}
+LAZY = "hybridvl.layers.ops.kernels"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_kernel_modules_are_imported_inside_functions_only(source: Source) -> None:
+    if source.module.startswith(LAZY):
+        return
+    top_level = {node.lineno for node in source.tree.body if isinstance(node, ast.Import | ast.ImportFrom)}
+    assert not [name for line, name in own_imports(source) if name.startswith(LAZY) and line in top_level]
 
 
 def find_cycle(graph: dict[str, set[str]]) -> list[str]:
