@@ -26,6 +26,7 @@ class HybridVLConfig(PreTrainedConfig):
         "initializer_range": "init_std",
     }
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    use_cache: ClassVar[bool] = True  # asked for, and set, by scripts that tune models; `generate` keeps a state anyway
     format_version: int = FORMAT_VERSION
 
     @classmethod

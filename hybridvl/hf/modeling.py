@@ -242,6 +242,9 @@ class HybridVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
     ) -> tuple[Tensor | None, dict[str, Any]]:
         """Every row expand_size times, for beams and several answers; images and videos go along with their rows."""
+        if attention_mask is not None and attention_mask.dim() == 2 and not bool(attention_mask[:, -1:].all()):
+            # `generate` goes on from the last column of every row.
+            raise ConfigError("attention_mask: a row of `generate` ends in padding; expected padding on the left")
         rows = {
             "attention_mask": attention_mask,
             "inputs_embeds": inputs_embeds,

@@ -124,4 +124,4 @@ def seen_tokens(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: in
     """(B, vocab) bool: the tokens that every row of input_ids (B, T) holds, those at padding left out."""
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.ne(0).long()
     counts = torch.zeros(input_ids.shape[0], vocab_size, dtype=torch.int64, device=input_ids.device)
-    return counts.scatter_add(1, input_ids, real) > 0
+    return counts.scatter_add(1, input_ids.long(), real.long()) > 0

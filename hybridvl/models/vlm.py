@@ -258,7 +258,7 @@ class VisionLanguageModel(nn.Module):
         video_grid_thw: Tensor | None = None,
     ) -> Tensor:
         """Embeddings (B, T, D) of the tokens, with visual features in the places of visual tokens."""
-        check_layout(tuple(input_ids.shape), None, None, None)
+        _check_tokens(input_ids, self.decoder.embed_tokens.weight.shape[0])
         embeds = self.decoder.embed_tokens(input_ids)
         config = self.config
         embeds = self._scatter(embeds, input_ids, "image", config.image_token_id, pixel_values, image_grid_thw)
@@ -336,6 +336,18 @@ def _sections_by_dim(mixers: list[MixerConfig], config: ModelConfig) -> dict[int
     if config.vision is None and config.rope_sections is None:
         return {dim: (dim // 2, 0, 0) for dim in dims}  # text alone: the three axes agree
     return {dim: rotary_sections(dim, config.rope_sections) for dim in dims}
+
+
+def _check_tokens(input_ids: Tensor, vocab_size: int) -> None:
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        kind = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ConfigError(f"input_ids: {kind}; expected a tensor of int64")
+    check_layout(tuple(input_ids.shape), None, None, None)
+    # Elsewhere, a look at the tokens would wait for the device; a compiled graph cannot look at all.
+    if input_ids.device.type == "cpu" and input_ids.numel() and not torch.compiler.is_compiling():
+        least, most = (int(end) for end in input_ids.aminmax())
+        if least < 0 or most >= vocab_size:
+            raise ConfigError(f"input_ids: tokens from {least} to {most}; expected 0 to {vocab_size - 1}")
 
 
 def _check_count(kind: str, token: int, found: int, wanted: int) -> None:

@@ -94,9 +94,14 @@ def test_configuration(tmp_path: Path) -> None:
 
 def test_options_given_while_loading(tmp_path: Path) -> None:
     hybridvl.save(CASES[5].net(), tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, activation_checkpointing=True, attn_implementation="sdpa")
+    assert AutoConfig.from_pretrained(tmp_path).use_cache
+    given = {"activation_checkpointing": True, "attn_implementation": "sdpa", "use_cache": False}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, **given)
+    assert not model.config.use_cache
     assert model.net.decoder.activation_checkpointing
     assert model.is_activation_checkpointing
+    model.save_pretrained(tmp_path / "again")
+    assert hybridvl.load(tmp_path / "again").config == model.net.config
 
 
 def test_a_fresh_model_is_ours() -> None:

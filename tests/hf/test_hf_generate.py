@@ -209,6 +209,14 @@ def test_a_cache_starts_again() -> None:
     torch.testing.assert_close(again.logits, first.logits)
 
 
+def test_padding_on_the_right_is_refused() -> None:
+    model, ids = Wrapped.wrap(CASES[5].net()), torch.tensor([[1, 2, 3], [4, 85, 85]])
+    with pytest.raises(
+        ConfigError, match="a row of `generate` ends in padding; expected padding on the left"
+    ):
+        model.generate(ids, attention_mask=torch.tensor([[1, 1, 1], [1, 0, 0]]))
+
+
 def test_what_a_state_cannot_do_is_refused() -> None:
     model = Wrapped.wrap(CASES[2].net())
     ids = torch.tensor([[1, 2, 3]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from model_cases import joined_images, padded, prompts, relative_error, small_model
@@ -133,6 +135,29 @@ def test_a_seed_repeats_a_sample() -> None:
 def test_nothing_to_generate() -> None:
     ids = torch.tensor([[1, 2, 3]])
     assert torch.equal(small_model("full").generate(ids, 0), ids)
+
+
+def test_tokens_of_32_bits() -> None:
+    model, ids, sampling = small_model("gdn"), torch.tensor([[1, 2, 3]]), Sampling(repetition_penalty=1.5)
+    wanted = model.generate(ids, 4, sampling=sampling)
+    assert torch.equal(model.generate(ids.int(), 4, sampling=sampling), wanted)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.tensor([[1, 96]]), "input_ids: tokens from 1 to 96; expected 0 to 95"),
+        (torch.tensor([[1, -1]]), "input_ids: tokens from -1 to 1; expected 0 to 95"),
+        (torch.tensor([[1.0, 2.0]]), "input_ids: torch.float32; expected a tensor of int64"),
+        ([[1, 2]], "input_ids: list; expected a tensor of int64"),
+        (torch.tensor([1, 2]), r"input_ids: shape \(2,\); expected \(B, T\)"),
+    ],
+)
+def test_tokens_that_are_none(tokens: Any, message: str) -> None:
+    model = small_model("gdn")
+    for call in (model, model.hidden, model.generate):
+        with pytest.raises(ConfigError, match=message):
+            call(tokens)
 
 
 def test_mistakes() -> None:
