@@ -4,12 +4,21 @@ import av
 import numpy as np
 
 
-def write_video(path, frames=24, rate=8, size=(64, 48), codec="libx264", options=None, audio=False, title=None):
-    """A file whose frame n shows a bar at column n and a brightness that grows with n; returns the path."""
+def write_video(
+    path, frames=24, rate=8, size=(64, 48), codec="libx264", options=None, audio=False, title=None, matrix=None
+):
+    """A file whose frame n shows a bar at column n and a brightness that grows with n; returns the path.
+
+    matrix: FFmpeg's display matrix of nine numbers, or degrees against the clock.
+    """
     width, height = size
     with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        if isinstance(matrix, int):
+            stream.set_display_rotation(matrix)
+        elif matrix is not None:
+            stream.set_display_matrix(matrix)
         if title is not None:
             container.metadata["title"] = title
         if audio:

@@ -20,9 +20,11 @@ DEFAULT_SYSTEM = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
 
 Message = Mapping[str, Any]
-"""{"role": str, "content": str | [part]}; a part is {"type": "text", "text": str}, {"type": "image", "image": ...} or
-{"type": "video", "video": ..., and options of `hybridvl.data.video.VIDEO_OPTIONS`}."""
+"""{"role": str, "content": str | [part]}; a part is {"type": "text", "text": str}, {"type": "image", "image": ...} with
+options of `hybridvl.data.images.IMAGE_OPTIONS`, or {"type": "video", "video": ...} with options of
+`hybridvl.data.video.VIDEO_OPTIONS`. What is None counts as not written."""
 
+_PARTS = '{"type": "text", "text": ...}, {"type": "image", "image": ...} or {"type": "video", "video": ...}'
 _PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 
 
@@ -39,6 +41,21 @@ class EncodedChat:
     input_ids: list[int]
     labels: list[int]
     answers: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message that has been checked.
+
+    Attributes:
+        role: one of ROLES.
+        parts: its content, text too, as parts; image and video parts may lack their value.
+        place: what an error message calls it.
+    """
+
+    role: str
+    parts: list[dict[str, Any]]
+    place: str
 
 
 @dataclass(frozen=True)
@@ -63,11 +80,16 @@ class ChatFormat:
     Args:
         tokenizer: a fast tokenizer with the tokens of the format.
         system: the system turn added to messages that have none; None adds no turn.
+
+    Raises:
+        ConfigError: the system turn is no text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, system: str | None = DEFAULT_SYSTEM) -> None:
         from tokenizers import Tokenizer
 
+        if system is not None and not _is_text(system):
+            raise ConfigError(f"system: {system!r:.80}; expected a text or null")
         self.tokenizer = tokenizer
         self.system = system
         plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -162,65 +184,88 @@ class ChatFormat:
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def _pieces(self, messages: Sequence[Message], place: str, generation_prompt: bool) -> Iterator[_Piece]:
-        if not messages:
-            raise ConfigError(f"{place}: no messages; expected at least one turn")
-        if self.system is not None and messages[0].get("role") != "system":
-            yield from _turn({"role": "system", "content": self.system}, place)
-        for index, message in enumerate(messages):
-            yield from _turn(message, f"{place}[{index}]")
+        turns = read_turns(messages, place)
+        if self.system is not None and turns[0].role != "system":
+            yield from _turn_pieces(Turn("system", [{"type": "text", "text": self.system}], place))
+        for turn in turns:
+            yield from _turn_pieces(turn)
         if generation_prompt:
             yield _Piece(token="<|im_start|>")
             yield _Piece("assistant\n")
 
 
-def _turn(message: Message, place: str) -> Iterator[_Piece]:
-    role = message.get("role")
+def read_turns(messages: object, place: str) -> list[Turn]:
+    """The messages of a conversation, checked.
+
+    Raises:
+        ConfigError: naming the message, and the part, that is not what `Message` says.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise ConfigError(f"{place}: {type(messages).__name__}; expected a list of messages")
+    if not messages:
+        raise ConfigError(f"{place}: no messages; expected at least one turn")
+    return [_read_turn(message, f"{place}[{number}]") for number, message in enumerate(messages)]
+
+
+def _read_turn(message: object, place: str) -> Turn:
+    if not isinstance(message, Mapping):
+        raise ConfigError(f'{place}: {message!r:.80}; expected {{"role": ..., "content": ...}}')
+    role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise ConfigError(f"{place}.role: {role!r}; expected one of {', '.join(ROLES)}")
-    answer = role == "assistant"
+        raise ConfigError(f"{place}.role: {role!r:.80}; expected one of {', '.join(ROLES)}")
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, Sequence) or isinstance(content, bytes):
+        raise ConfigError(f"{place}.content: {type(content).__name__}; expected text or a list of parts")
+    return Turn(role, [_read_part(part, f"{place}.content[{number}]") for number, part in enumerate(content)], place)
+
+
+def _read_part(part: object, place: str) -> dict[str, Any]:
+    if not isinstance(part, Mapping) or part.get("type") not in ("text", *_PADS):
+        raise ConfigError(f"{place}: {part!r:.80}; expected {_PARTS}")
+    # Tables give every part every field, None where it was not written.
+    kept = {name: value for name, value in part.items() if value is not None}
+    if part["type"] != "text":
+        return kept
+    if not _is_text(kept.get("text")):
+        raise ConfigError(f"{place}.text: {kept.get('text')!r:.80}; expected a text")
+    return {"type": "text", "text": kept["text"]}
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is text that can be encoded: Python's may hold halves of characters."""
+    if not isinstance(value, str):
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _turn_pieces(turn: Turn) -> Iterator[_Piece]:
+    answer = turn.role == "assistant"
     yield _Piece(token="<|im_start|>")
     # Neighbouring texts are tokenized as one, except that an answer begins a new one.
-    text = f"{role}\n"
+    text = f"{turn.role}\n"
     if answer:
         yield _Piece(text)
         text = ""
-    for part in content_parts(message.get("content"), place):
-        if part["type"] == "text":
+    for part in turn.parts:
+        kind = part["type"]
+        if kind == "text":
             text += part["text"]
             continue
         if answer:
-            kind = {"image": "an image", "video": "a video"}[part["type"]]
-            raise ConfigError(f"{place}: {kind} in an assistant turn; expected images and videos in user turns only")
+            shown = {"image": "an image", "video": "a video"}[kind]
+            raise ConfigError(f"{turn.place}: {shown} in an assistant turn; expected images and videos in user turns")
         if text:
             yield _Piece(text)
         yield _Piece(token="<|vision_start|>")
-        yield _Piece(token=_PADS[part["type"]], visual=part["type"])
+        yield _Piece(token=_PADS[kind], visual=kind)
         yield _Piece(token="<|vision_end|>")
         text = ""
     if text:
         yield _Piece(text, answer=answer)
     yield _Piece(token="<|im_end|>", answer=answer)
     yield _Piece("\n")
-
-
-def content_parts(content: object, place: str) -> list[dict[str, Any]]:
-    """A message's content as a list of text, image and video parts; ConfigError when it is neither text nor such."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, Sequence):
-        raise ConfigError(f"{place}.content: {type(content).__name__}; expected text or a list of parts")
-    parts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": part["text"]})
-        elif kind == "image":
-            parts.append({"type": "image", "image": part.get("image")})
-        elif kind == "video":
-            parts.append({"video": None, **part})
-        else:
-            raise ConfigError(
-                f'{place}.content[{index}]: {part!r:.80}; expected {{"type": "text", "text": ...}}, '
-                '{"type": "image", "image": ...} or {"type": "video", "video": ...}'
-            )
-    return parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from hybridvl.data.checks import is_finite, require_whole, with_options
 from hybridvl.layers.errors import ConfigError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -22,7 +24,24 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_ASPECT_RATIO = 200
 
 ImageSource = Image.Image | NDArray[np.uint8] | str | Path | bytes
-"""What a sample may hold as an image: PIL, uint8 (H, W) or (H, W, C), a file, or an encoded file's bytes."""
+"""What a sample may hold as an image: PIL, uint8 (H, W) or (H, W, C), a file, or an encoded file's bytes.
+
+C is 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGB and alpha).
+"""
+
+IMAGE_OPTIONS = ("min_pixels", "max_pixels")
+"""What a message may set for one image, beside the image itself."""
+
+_ORIENTATION = 0x0112  # the EXIF tag that says how a camera was held
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True)
@@ -48,18 +67,21 @@ class ImageConfig:
     std: tuple[float, ...] = CLIP_STD
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mean", tuple(self.mean))
-        object.__setattr__(self, "std", tuple(self.std))
         for name in ("patch_size", "temporal_patch_size", "merge_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"images.{name}: {getattr(self, name)}; expected at least 1")
-        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean) or min(self.std) <= 0:
+            require_whole(f"images.{name}", getattr(self, name))
+        for name in ("min_pixels", "max_pixels"):
+            if getattr(self, name) is not None:
+                require_whole(f"images.{name}", getattr(self, name))
+        numbers = _numbers(self.mean), _numbers(self.std)
+        if len(numbers[0]) not in (1, 3) or len(numbers[1]) != len(numbers[0]) or min(numbers[1]) <= 0:
             raise ConfigError(
-                f"images.mean and images.std: {list(self.mean)} and {list(self.std)}; "
+                f"images.mean and images.std: {self.mean!r:.80} and {self.std!r:.80}; "
                 "expected one number each (greyscale) or three (RGB), std above 0"
             )
+        object.__setattr__(self, "mean", numbers[0])
+        object.__setattr__(self, "std", numbers[1])
         low, high = self.pixel_limits
-        if not 0 < low <= high:
+        if low > high:
             raise ConfigError(f"images.min_pixels and images.max_pixels: {low} and {high}; expected 0 < min <= max")
 
     @property
@@ -86,21 +108,29 @@ class ImageProcessor:
     def __init__(self, config: ImageConfig) -> None:
         self.config = config
 
-    def __call__(self, source: ImageSource, place: str = "image") -> tuple[torch.Tensor, tuple[int, int, int]]:
+    def __call__(
+        self, source: ImageSource, place: str = "image", options: Mapping[str, Any] | None = None
+    ) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """One image: rows (P, channels * temporal_patch * patch * patch) float32 and its grid (1, rows, columns).
 
+        Args:
+            source: the image.
+            place: what an error message calls it.
+            options: settings for this image alone, of those in IMAGE_OPTIONS.
+
         Raises:
-            ConfigError: the image cannot be read, or its sides differ more than 200 times.
+            ConfigError: the image cannot be read, its sides differ more than 200 times, or an option is none.
         """
+        low, high = with_options(self.config, options or {}, IMAGE_OPTIONS, place).pixel_limits
         image = open_image(source, place)
-        low, high = self.config.pixel_limits
         height, width = smart_resize(image.height, image.width, self.config.factor, low, high, place)
         return self.patches(self.pixels(image, height, width)[None])
 
     def pixels(self, image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
         """(height, width, C) uint8: the image in the processor's colours, resized bicubically where it must be.
 
-        What is transparent is seen on white, as in qwen-vl-utils and in transformers from 5.23 on.
+        What is transparent is seen on white: qwen-vl-utils and the image processors of transformers from 5.23 on do so
+        with a PIL image that has alpha. (transformers' load_image drops the alpha of what it opens.)
         """
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             white = Image.new("RGBA", image.size, "white")
@@ -164,16 +194,19 @@ def smart_resize(
 
 
 def open_image(source: Any, place: str = "image") -> Image.Image:
-    """A loaded PIL image from what a sample may hold.
+    """A loaded PIL image of 8 bits a channel, upright, from what a sample may hold.
+
+    The EXIF orientation is followed wherever there is one, also in a PIL image that was opened elsewhere, as
+    transformers' load_image does. Grey images of 16 bits are scaled to 8.
 
     Raises:
-        ConfigError: naming the file, when it is missing, truncated or not an image.
+        ConfigError: naming the file, when it is missing, truncated or not an image, or has values of no known range.
     """
+    if isinstance(source, np.ndarray):
+        return _from_array(source, place)
     opened: Any = source
     if isinstance(source, Image.Image):
         name = getattr(source, "filename", "") or "in memory"
-    elif isinstance(source, np.ndarray):
-        return Image.fromarray(source)
     elif isinstance(source, str | Path):
         name = str(source)
     elif isinstance(source, bytes):
@@ -183,6 +216,42 @@ def open_image(source: Any, place: str = "image") -> Image.Image:
     try:
         image: Image.Image = opened if isinstance(opened, Image.Image) else Image.open(opened)
         image.load()
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ConfigError(f"{place}: image {name} cannot be read: {error}") from error
-    return image
+    if turn is not None:
+        transparency = image.info.get("transparency")
+        image = image.transpose(turn)
+        # Nothing that says how the camera was held may stay: the image would be turned again.
+        image.info = {} if transparency is None else {"transparency": transparency}
+    return _eight_bits(image, f"{place}: image {name}")
+
+
+def _from_array(array: NDArray[Any], place: str) -> Image.Image:
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or not 1 <= channels <= 4 or not array.size:
+        raise ConfigError(
+            f"{place}: array of {array.dtype} {array.shape}; expected uint8 (H, W) or (H, W, C) with 1 to 4 channels"
+        )
+    return Image.fromarray(array[:, :, 0] if array.ndim == 3 and channels == 1 else array)
+
+
+def _eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """The image itself unless its values are of more than 8 bits: PIL would clip those to white."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    # "I" is PIL's mode of 32 bits, in which it opens some files of 16.
+    if image.mode == "F" or (image.mode == "I" and not 0 <= values.min() <= values.max() <= 65535):
+        raise ConfigError(
+            f"{name} has values from {values.min()} to {values.max()} (PIL mode {image.mode}); "
+            "expected 8 bits a channel, or grey of 16 bits (0 to 65535)"
+        )
+    return Image.fromarray(((values.astype(np.int64) * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def _numbers(values: object) -> tuple[float, ...]:
+    """The values if they are a list of numbers, else none."""
+    if not isinstance(values, Sequence) or isinstance(values, str) or not all(map(is_finite, values)):
+        return ()
+    return tuple(values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from hybridvl.data.checks import require_rate, require_whole, with_options
 from hybridvl.data.images import ImageProcessor, ImageSource, open_image, smart_resize
 from hybridvl.data.video_file import VideoFile
 from hybridvl.layers.errors import ConfigError
+from hybridvl.models.config import VIDEO_CONVENTIONS
 
 SAMPLINGS = ("ends", "steps")
 VIDEO_OPTIONS = ("fps", "frames", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels")
@@ -55,16 +56,20 @@ class VideoConfig:
     convention: str = "v457"
 
     def __post_init__(self) -> None:
-        for name in VIDEO_OPTIONS:
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and value > 0):
-                raise ConfigError(f"videos.{name}: {value!r}; expected a number above 0")
+        for name in ("fps", "tokens_per_second"):
+            require_rate(f"videos.{name}", getattr(self, name))
+        for name in ("frames", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels"):
+            if getattr(self, name) is not None or name in ("min_frames", "max_frames"):
+                require_whole(f"videos.{name}", getattr(self, name))
         if self.min_frames > self.max_frames:
             raise ConfigError(
                 f"videos.min_frames and videos.max_frames: {self.min_frames} and {self.max_frames}; expected min <= max"
             )
         if self.sampling not in SAMPLINGS:
-            raise ConfigError(f"videos.sampling: {self.sampling!r}; expected one of {', '.join(SAMPLINGS)}")
+            raise ConfigError(f"videos.sampling: {self.sampling!r:.80}; expected one of {', '.join(SAMPLINGS)}")
+        if self.convention not in VIDEO_CONVENTIONS:
+            known = ", ".join(VIDEO_CONVENTIONS)
+            raise ConfigError(f"videos.convention: {self.convention!r:.80}; expected one of {known}")
 
     def frame_count(self, total: int, rate: float, multiple: int, place: str = "video") -> int:
         """How many of `total` frames at `rate` a second are shown: a multiple of `multiple` where there are as many.
@@ -134,7 +139,7 @@ class VideoProcessor:
         Raises:
             ConfigError: the video or a frame cannot be read, or an option is none.
         """
-        config = self._config(options or {}, place)
+        config = with_options(self.config, options or {}, VIDEO_OPTIONS, place)
         step = self.images.config.temporal_patch_size
         if isinstance(source, str | Path | bytes):
             file = VideoFile(source, place)
@@ -151,15 +156,6 @@ class VideoProcessor:
             )
         rows, grid = self._rows(frames, count, config, place)
         return rows, grid, step / rate
-
-    def _config(self, options: Mapping[str, Any], place: str) -> VideoConfig:
-        unknown = sorted(set(options) - set(VIDEO_OPTIONS))
-        if unknown:
-            raise ConfigError(f"{place}: video option {unknown[0]!r}; expected one of {', '.join(VIDEO_OPTIONS)}")
-        try:
-            return dataclasses.replace(self.config, **options)
-        except ConfigError as error:
-            raise ConfigError(f"{place}: {error}") from error
 
     def _rows(
         self, frames: Iterator[Image.Image], count: int, config: VideoConfig, place: str

@@ -59,7 +59,10 @@ class VideoFile:
         self.rate = rate
 
     def read(self, indices: Sequence[int]) -> Iterator[NDArray[np.uint8]]:
-        """The frames with these numbers (in ascending order, from 0), each (H, W, 3) uint8 RGB."""
+        """The frames with these numbers (in ascending order, from 0), each (H, W, 3) uint8 RGB and upright.
+
+        A file of a camera that was held otherwise says how its frames are to be turned; they are, as players do it.
+        """
         wanted = iter(indices)
         index = next(wanted, None)
         with self._opened() as (container, stream):
@@ -69,7 +72,7 @@ class VideoFile:
                 if number == index:
                     if frame.is_corrupt:
                         raise self._error(f"frame {index} of {self.frames} is damaged")
-                    pixels = frame.to_ndarray(format="rgb24")
+                    pixels = _upright(frame)
                     while index == number:
                         yield pixels
                         index = next(wanted, None)
@@ -98,6 +101,19 @@ class VideoFile:
 
     def _error(self, reason: str) -> ConfigError:
         return ConfigError(f"{self._where}: video {self._name} cannot be read: {reason}")
+
+
+def _upright(frame: Any) -> NDArray[np.uint8]:
+    """The pixels of a decoded frame (H, W, 3), turned and mirrored as its display matrix says."""
+    pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
+    shown = frame.side_data.get("DISPLAYMATRIX")
+    if shown is None:
+        return pixels
+    # Row by row; the point (x, y) is shown at (a x + c y, b x + d y), of which quarter turns and mirrors are followed.
+    a, b, _, c, d = np.frombuffer(bytes(shown), np.int32)[:5].astype(np.int64).tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        pixels, a, d = pixels.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
 def _promised_seconds(container: Any, stream: Any) -> float:

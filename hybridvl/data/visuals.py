@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hybridvl.data.chat import content_parts
+from hybridvl.data.chat import Message, read_turns
 from hybridvl.data.images import ImageProcessor
 from hybridvl.data.video import VideoProcessor
+from hybridvl.layers.errors import ConfigError
 
 Grid = tuple[int, int, int]
 
@@ -56,21 +56,23 @@ class Visuals:
         return made
 
 
-def read_visuals(
-    messages: Sequence[Mapping[str, Any]], images: ImageProcessor, videos: VideoProcessor, place: str
-) -> Visuals:
-    """The images and videos of a conversation; ConfigError says in which message one cannot be read."""
+def read_visuals(messages: Sequence[Message], images: ImageProcessor, videos: VideoProcessor, place: str) -> Visuals:
+    """The images and videos of a conversation; ConfigError says in which part of which message one cannot be read."""
     visuals = Visuals()
-    for number, message in enumerate(messages):
-        here = f"{place}[{number}]"
-        for part in content_parts(message.get("content"), here):
-            if part["type"] == "image":
-                rows, grid = images(part["image"], here)
+    for turn in read_turns(messages, place):
+        for number, part in enumerate(turn.parts):
+            kind, here = part["type"], f"{turn.place}.content[{number}]"
+            if kind == "text":
+                continue
+            if kind not in part:
+                raise ConfigError(f'{here}: {kind} part without a value; expected {{"type": "{kind}", "{kind}": ...}}')
+            options = {name: value for name, value in part.items() if name not in ("type", kind)}
+            if kind == "image":
+                rows, grid = images(part[kind], here, options)
                 visuals.image_rows.append(rows)
                 visuals.image_grids.append(grid)
-            elif part["type"] == "video":
-                options = {name: value for name, value in part.items() if name not in ("type", "video")}
-                rows, grid, seconds = videos(part["video"], here, options)
+            else:
+                rows, grid, seconds = videos(part[kind], here, options)
                 visuals.video_rows.append(rows)
                 visuals.video_grids.append(grid)
                 visuals.seconds.append(seconds)

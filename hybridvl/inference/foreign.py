@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridvl.checkpoints.files import parse_json, read_text
 from hybridvl.data.chat import ChatFormat
+from hybridvl.data.checks import is_finite, require_whole
 from hybridvl.data.images import CLIP_MEAN, CLIP_STD, ImageConfig
 from hybridvl.data.video import VideoConfig
 from hybridvl.layers.errors import ConfigError
@@ -23,6 +25,8 @@ BOTH_FILE = "processor_config.json"
 _FIXED = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3}
 _SIZES = {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2}
 _TOKEN_SHARE = 0.9  # of `max_video_tokens` that a video may fill
+# A template is a program, and may fail as programs do.
+_TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 _IMAGE_LIMITS = (3_136, 1_003_520)  # of the image processor's class, where the file names none
 
 _QUESTION = [{"role": "user", "content": "Q"}]
@@ -46,49 +50,46 @@ def read_settings(folder: Path) -> tuple[ImageConfig, VideoConfig]:
     Raises:
         ConfigError: naming the file and the setting that is damaged or not supported.
     """
-    both = _read(folder / BOTH_FILE)
-    image_file = folder / (IMAGE_FILE if (folder / IMAGE_FILE).is_file() else BOTH_FILE)
-    video_file = folder / (VIDEO_FILE if (folder / VIDEO_FILE).is_file() else BOTH_FILE)
-    images = _read(folder / IMAGE_FILE) or both.get("image_processor") or {}
-    videos = _read(folder / VIDEO_FILE) or both.get("video_processor") or {}
-    sizes = {name: _integer(images or videos, name, default, image_file) for name, default in _SIZES.items()}
-    _check(images, sizes, image_file)
-    _check(videos, sizes, video_file)
+    images, image_file = _section(folder, IMAGE_FILE, "image_processor")
+    videos, video_file = _section(folder, VIDEO_FILE, "video_processor")
+    shared, shared_file = (images, image_file) if images else (videos, video_file)
+    sizes = {name: _given(shared, name, default) for name, default in _SIZES.items()}
     low, high = _limits(images, image_file)
     try:
         image_config = ImageConfig(
             **sizes,
             min_pixels=_IMAGE_LIMITS[0] if low is None else low,
             max_pixels=_IMAGE_LIMITS[1] if high is None else high,
-            mean=tuple((images or videos).get("image_mean", CLIP_MEAN)),
-            std=tuple((images or videos).get("image_std", CLIP_STD)),
+            mean=_given(shared, "image_mean", CLIP_MEAN),
+            std=_given(shared, "image_std", CLIP_STD),
         )
-    except (TypeError, ConfigError) as error:
-        raise ConfigError(f"{image_file}: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{shared_file}: {error}") from error
+    _check(images, sizes, image_file)
+    _check(videos, sizes, video_file)
     return image_config, _video_config(videos, image_config.factor, video_file)
 
 
-def write_settings(folder: Path, images: ImageConfig, videos: VideoConfig) -> None:
-    """Write the two files from which transformers makes the same image and video processors.
+def settings_files(images: ImageConfig, videos: VideoConfig) -> dict[str, dict[str, Any]]:
+    """What the two files hold from which transformers makes the same image and video processors, by their names.
 
     Greyscale images have none: transformers' processors are for colours.
     """
     if images.channels != 3:
-        return
+        return {}
     common = {
         **{name: getattr(images, name) for name in _SIZES},
         **{"image_mean": list(images.mean), "image_std": list(images.std), **_FIXED, "rescale_factor": 1 / 255},
         "processor_class": "Qwen2_5_VLProcessor",
     }
     low, high = images.pixel_limits
-    own = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": low, "max_pixels": high}
-    _write(folder / IMAGE_FILE, {**own, **common})
+    image_own = {"image_processor_type": "Qwen2VLImageProcessor", "min_pixels": low, "max_pixels": high}
     low, high, total = videos.areas(images.factor)
-    own = {"video_processor_type": "Qwen2VLVideoProcessor", "size": {"shortest_edge": low, "longest_edge": high}}
+    video_own = {"video_processor_type": "Qwen2VLVideoProcessor", "size": {"shortest_edge": low, "longest_edge": high}}
     rates = {"fps": videos.fps} if videos.frames is None else {"num_frames": videos.frames}
     rates |= {"do_sample_frames": True, "min_frames": videos.min_frames, "max_frames": videos.max_frames}
     budget = {"cap_pixels_per_frame": True, "max_video_tokens": round(total / images.factor**2 / _TOKEN_SHARE)}
-    _write(folder / VIDEO_FILE, {**own, **rates, **budget, **common})
+    return {IMAGE_FILE: {**image_own, **common}, VIDEO_FILE: {**video_own, **rates, **budget, **common}}
 
 
 def use_template(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str | None:
@@ -103,13 +104,15 @@ def use_template(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str | None
 
     place = folder / "chat_template.jinja"
     if place.is_file():
-        tokenizer.chat_template = place.read_text(encoding="utf-8")
+        tokenizer.chat_template = read_text(place)
     elif (folder / "chat_template.json").is_file():
         place = folder / "chat_template.json"
-        tokenizer.chat_template = _read(place).get("chat_template")
+        tokenizer.chat_template = parse_json(read_text(place), place).get("chat_template")
     template = tokenizer.chat_template
     if template is None:
         return ChatFormat(tokenizer).system
+    if not isinstance(template, str | dict):
+        raise ConfigError(f"{place}: chat_template: {template!r:.80}; expected a Jinja template")
     try:
         rendered = _render(tokenizer, _QUESTION)
         head, separator, rest = rendered.partition("<|im_end|>\n")
@@ -118,8 +121,9 @@ def use_template(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str | None
         # A text model's template cannot take parts.
         turns = _TURNS if any(word in str(template) for word in ("image", "vision_start")) else _QUESTION
         theirs, ours = _render(tokenizer, turns), ChatFormat(tokenizer, system).render(turns, generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise ConfigError(f"{place}: the chat template cannot be used: {error}") from error
+    except (TemplateError, *_TEMPLATE_FAULTS) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{place}: the chat template cannot be used: {reason:.200}; expected ChatML's") from error
     if theirs != ours:
         raise ConfigError(f"{place}: the chat template writes {theirs!r}; expected ChatML: {ours!r}")
     return system
@@ -144,42 +148,44 @@ def chat_template(system: str | None) -> str:
     )
 
 
-def _write(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
 def _render(tokenizer: PreTrainedTokenizerFast, messages: list[dict[str, Any]]) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; {} when there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: damaged ({error})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: {type(values).__name__}; expected an object")
-    return values
+def _section(folder: Path, name: str, key: str) -> tuple[dict[str, Any], Path]:
+    """The settings of one kind and the file that holds them: one of their own, or a section of the common one."""
+    path = folder / name
+    if path.is_file():
+        return parse_json(read_text(path), path), path
+    path = folder / BOTH_FILE
+    section = _given(parse_json(read_text(path), path), key, {}) if path.is_file() else {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"{path}: {key}: {section!r:.80}; expected an object")
+    return section, path
+
+
+def _given(values: Mapping[str, Any], name: str, default: Any) -> Any:
+    """A setting; null counts as not written."""
+    value = values.get(name)
+    return default if value is None else value
 
 
 def _check(values: Mapping[str, Any], sizes: Mapping[str, int], place: Path) -> None:
     """Raise ConfigError for a setting that the code here does not follow."""
-    for name, value in {**_FIXED, **sizes}.items():
-        if values.get(name) not in (None, value):
-            raise ConfigError(f"{place}: {name}: {values[name]!r}; expected {value!r}")
-    factor = values.get("rescale_factor")
-    if factor is not None and abs(factor * 255 - 1) > 1e-6:
-        raise ConfigError(f"{place}: rescale_factor: {factor}; expected 1 / 255")
+    for name, accepted in {**_FIXED, **sizes}.items():
+        value = _given(values, name, accepted)
+        if type(value) is not type(accepted) or value != accepted:
+            raise ConfigError(f"{place}: {name}: {value!r:.80}; expected {accepted!r}")
+    factor = _given(values, "rescale_factor", 1 / 255)
+    if not is_finite(factor) or abs(factor * 255 - 1) > 1e-6:
+        raise ConfigError(f"{place}: rescale_factor: {factor!r:.80}; expected 1 / 255")
 
 
 def _limits(values: Mapping[str, Any], place: Path) -> tuple[int | None, int | None]:
     """min_pixels and max_pixels, under any of the names they have had; None where the file has none."""
-    size = values.get("size") or {}
+    size = _given(values, "size", {})
     if not isinstance(size, Mapping):
-        raise ConfigError(f"{place}: size: {size!r}; expected an object with shortest_edge and longest_edge")
+        raise ConfigError(f"{place}: size: {size!r:.80}; expected an object with shortest_edge and longest_edge")
     names = (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
     # As in transformers, where both are given the older name wins.
     found = [
@@ -191,22 +197,20 @@ def _limits(values: Mapping[str, Any], place: Path) -> tuple[int | None, int | N
 
 def _video_config(values: Mapping[str, Any], factor: int, place: Path) -> VideoConfig:
     low, high = _limits(values, place)
+    # The names are ours on the left, transformers' on the right.
     options = {
         name: values[key]
-        for name, key in (("fps", "fps"), ("frames", "num_frames"), ("min_frames", "min_frames"))
+        for name, key in (
+            *(("fps", "fps"), ("frames", "num_frames")),
+            *(("min_frames", "min_frames"), ("max_frames", "max_frames")),
+        )
         if values.get(key) is not None
     }
     try:
-        longest = values.get("max_frames") or VideoConfig.max_frames
         tokens = values.get("max_video_tokens")
+        if tokens is not None:
+            require_whole("max_video_tokens", tokens)
         total = None if tokens is None else int(tokens * factor**2 * _TOKEN_SHARE)
-        return VideoConfig(**options, max_frames=longest, min_pixels=low, max_pixels=high, total_pixels=total)
-    except (TypeError, ConfigError) as error:
+        return VideoConfig(**options, min_pixels=low, max_pixels=high, total_pixels=total)
+    except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from error
-
-
-def _integer(values: Mapping[str, Any], name: str, default: int, place: Path) -> int:
-    value = values.get(name, default)
-    if not isinstance(value, int):
-        raise ConfigError(f"{place}: {name}: {value!r}; expected a whole number")
-    return value

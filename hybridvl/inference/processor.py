@@ -12,15 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hybridvl.checkpoints.files import parse_json, read_text, text_writer, write_files
 from hybridvl.data.chat import ChatFormat
+from hybridvl.data.checks import from_settings
 from hybridvl.data.images import ImageConfig, ImageProcessor
 from hybridvl.data.tokens import load_tokenizer
 from hybridvl.data.video import VideoConfig, VideoProcessor
 from hybridvl.data.visuals import Visuals, read_visuals, token_counts
-from hybridvl.inference.foreign import chat_template, has_settings, read_settings, use_template, write_settings
+from hybridvl.inference.foreign import chat_template, has_settings, read_settings, settings_files, use_template
 from hybridvl.layers.errors import ConfigError
 
 FILE = "hybridvl_processor.json"
+GENERATION_FILE = "generation_config.json"
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -42,17 +45,25 @@ class Processor:
 
         The chat template goes with the tokenizer, and preprocessor_config.json and video_preprocessor_config.json
         beside it where images have colours, so that transformers makes the same of messages and pictures.
+        generation_config.json, unless the folder has one, says which token ends an answer and which one fills rows, so
+        that the generate method of transformers' models stops there.
+
+        Raises:
+            ConfigError: the folder cannot be written.
         """
         settings = {
             "system": self.chat.system,
             "images": dataclasses.asdict(self.images.config),
             "videos": dataclasses.asdict(self._videos.config),
         }
+        files = {FILE: settings, **settings_files(self.images.config, self._videos.config)}
+        if not (Path(folder) / GENERATION_FILE).exists():
+            files[GENERATION_FILE] = {"eos_token_id": self.stop_id, "pad_token_id": self.chat.pad_token_id}
+        texts = {name: json.dumps(values, indent=2) + "\n" for name, values in files.items()}
+        write_files(Path(folder), {name: text_writer(text) for name, text in texts.items()})
         if self.chat.tokenizer.chat_template is None:
             self.chat.tokenizer.chat_template = chat_template(self.chat.system)
         self.chat.tokenizer.save_pretrained(str(folder))
-        write_settings(Path(folder), self.images.config, self._videos.config)
-        (Path(folder) / FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path) -> Processor:
@@ -74,14 +85,18 @@ class Processor:
             images, videos = read_settings(path)
             tokenizer = load_tokenizer(str(folder))
             return cls._of(ChatFormat(tokenizer, use_template(tokenizer, path)), images, videos)
+        settings = parse_json(read_text(own), own)
+        missing = [name for name in ("system", "images") if name not in settings]
+        if missing:
+            raise ConfigError(f"{own}: lacks {missing[0]!r}; expected what Processor.save wrote")
+        images = from_settings(ImageConfig, settings["images"], f"{own}: images")
+        videos = from_settings(VideoConfig, settings.get("videos", {}), f"{own}: videos")
+        tokenizer = load_tokenizer(str(folder))
         try:
-            settings = json.loads(own.read_text(encoding="utf-8"))
-            images = ImageConfig(**settings["images"])
-            videos = VideoConfig(**settings.get("videos", {}))
-            system = settings["system"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ConfigError(f"{own}: damaged ({error})") from error
-        return cls._of(ChatFormat(load_tokenizer(str(folder)), system), images, videos)
+            chat = ChatFormat(tokenizer, settings["system"])
+        except ConfigError as error:
+            raise ConfigError(f"{own}: {error}") from error
+        return cls._of(chat, images, videos)
 
     @property
     def stop_id(self) -> int:
@@ -108,8 +123,10 @@ class Processor:
             what `prompt` returns, images and videos in the order of the rows, and attention_mask (B, T) bool, True at
             real tokens.
         """
-        if not conversations:
-            raise ConfigError("messages: no conversations; expected at least one")
+        if not isinstance(conversations, Sequence) or not conversations:
+            raise ConfigError(
+                f"messages: {conversations!r:.80} holds no conversations; expected at least one in a list"
+            )
         rows, visuals = [], Visuals()
         for number, messages in enumerate(conversations):
             ids, shown = self._encode(messages, f"messages[{number}]")

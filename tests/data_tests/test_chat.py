@@ -94,6 +94,20 @@ def test_system_turn(chat):
     assert bare.render(own[1:]) == "<|im_start|>user\nhi<|im_end|>\n"
 
 
+def test_what_tables_leave_empty_is_not_written(chat):
+    parts = [
+        {"type": "text", "text": "x", "image": None, "video": None},
+        {"type": "image", "image": None, "text": None},
+    ]
+    short = [{"type": "text", "text": "x"}, {"type": "image"}]
+    assert chat.render([{"role": "user", "content": parts}]) == chat.render([{"role": "user", "content": short}])
+
+
+def test_a_system_turn_that_is_no_text_is_named(chat):
+    with pytest.raises(ConfigError, match="system: 5; expected a text or null"):
+        ChatFormat(chat.tokenizer, system=5)
+
+
 def test_pickles_for_workers(chat):
     again = pickle.loads(pickle.dumps(chat))
     assert again.encode(MESSAGES, [3]) == chat.encode(MESSAGES, [3])
@@ -102,6 +116,25 @@ def test_pickles_for_workers(chat):
 @pytest.mark.parametrize(
     ("messages", "images", "message"),
     [
+        (None, [], "messages: NoneType; expected a list of messages"),
+        ("hello", [], "messages: str; expected a list of messages"),
+        ({"role": "user", "content": "x"}, [], "messages: dict; expected a list of messages"),
+        ([MESSAGES[2], "x"], [], r"messages\[1\]: 'x'; expected .*role"),
+        ([MESSAGES[2], None], [], r"messages\[1\]: None; expected .*role"),
+        ([{"content": "x"}], [], r"messages\[0\]\.role: None; expected one of system, user, assistant"),
+        ([{"role": ["user"], "content": "x"}], [], r"messages\[0\]\.role: \['user'\]; expected one of"),
+        ([{"role": "user"}], [], r"messages\[0\]\.content: NoneType; expected text or a list"),
+        ([{"role": "user", "content": b"x"}], [], r"messages\[0\]\.content: bytes; expected text or a list"),
+        ([{"role": "user", "content": ["x"]}], [], r"messages\[0\]\.content\[0\]: 'x'; expected .*text"),
+        ([{"role": "user", "content": [{"text": "x"}]}], [], r"messages\[0\]\.content\[0\]: {'text': 'x'}; expected"),
+        ([{"role": "user", "content": [{"type": ["text"]}]}], [], r"messages\[0\]\.content\[0\]: .*; expected"),
+        (
+            [{"role": "user", "content": [{"type": "text"}]}],
+            [],
+            r"messages\[0\]\.content\[0\]\.text: None; expected a text",
+        ),
+        ([{"role": "user", "content": [{"type": "text", "text": 3}]}], [], r"content\[0\]\.text: 3; expected a text"),
+        ([{"role": "user", "content": "a\udc80"}], [], r"content\[0\]\.text: 'a\\udc80'; expected a text"),
         ([], [], "no messages"),
         ([{"role": "bot", "content": "x"}], [], r"messages\[0\]\.role: 'bot'; expected one of system, user, assistant"),
         ([{"role": "user", "content": 3}], [], r"messages\[0\]\.content: int; expected text or a list"),

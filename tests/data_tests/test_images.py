@@ -165,7 +165,7 @@ def test_bytes_and_files_give_the_same_image(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patch_size": 0}, r"images\.patch_size: 0; expected at least 1"),
+        ({"patch_size": 0}, r"images\.patch_size: 0; expected a whole number from 1"),
         ({"mean": (0.5, 0.5), "std": (1, 1)}, r"images\.mean and images\.std"),
         ({"std": (0, 1, 1)}, "std above 0"),
         ({"min_pixels": 100, "max_pixels": 10}, "expected 0 < min <= max"),

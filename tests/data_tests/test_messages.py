@@ -246,7 +246,9 @@ def test_a_truncated_image_file_is_named(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:2000])
     rows = [{**row, "images": ["cut.png"]} for row in text_rows(3)]
     module = small_module(MessageData(write_jsonl(tmp_path / "a.jsonl", rows), val_samples=1), workers=1)
-    with pytest.raises(ConfigError, match=r"train .*a\.jsonl \(train\) row [12]\[0\]: image .*cut\.png cannot be read"):
+    with pytest.raises(
+        ConfigError, match=r"train .*a\.jsonl \(train\) row [12]\[0\]\.content\[0\]: image .*cut\.png cannot be read"
+    ):
         take(module.train_dataloader(), 1)
 
 

@@ -140,9 +140,15 @@ def test_options_of_one_video(tmp_path):
     assert videos(path, options={"max_frames": 6, "fps": 20})[1][0] == 3
     assert videos(path, options={"max_pixels": 784})[1] == (2, 2, 2)
     assert videos(path.read_bytes())[1] == videos(str(path))[1]
-    with pytest.raises(ConfigError, match=r"m\[0\]: video option 'speed'; expected one of fps, frames"):
+    nothing = dict.fromkeys(("fps", "frames", "min_frames", "max_frames", "min_pixels", "max_pixels", "total_pixels"))
+    assert videos(path, options=nothing)[1:] == videos(path)[1:]
+    for name in nothing:
+        for value in (float("inf"), float("nan"), "2", True, [], -1, 0):
+            with pytest.raises(ConfigError, match=rf"m\[0\]: videos\.{name}: .*; expected a (whole )?number from 1"):
+                videos(path, "m[0]", {name: value})
+    with pytest.raises(ConfigError, match=r"m\[0\]: option 'speed'; expected one of fps, frames"):
         videos(path, "m[0]", {"speed": 2})
-    with pytest.raises(ConfigError, match=r"m\[0\]: videos.fps: 0; expected a number above 0"):
+    with pytest.raises(ConfigError, match=r"m\[0\]: videos.fps: 0; expected a number from 1e-6 to 1e6"):
         videos(path, "m[0]", {"fps": 0})
     with pytest.raises(ConfigError, match=r"m\[0\]: frames: 99; expected 2 to 40"):
         videos(path, "m[0]", {"frames": 99})
@@ -168,7 +174,15 @@ def test_lists_of_frames():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fps": -1}, r"videos\.fps: -1; expected a number above 0"),
+        ({"fps": -1}, r"videos\.fps: -1; expected a number from 1e-6 to 1e6"),
+        ({"fps": float("inf")}, r"videos\.fps: inf; expected a number from 1e-6 to 1e6"),
+        ({"fps": None}, r"videos\.fps: None; expected a number"),
+        ({"tokens_per_second": "2"}, r"videos\.tokens_per_second: '2'; expected a number"),
+        ({"max_frames": 2.5}, r"videos\.max_frames: 2\.5; expected a whole number from 1"),
+        ({"min_frames": True}, r"videos\.min_frames: True; expected a whole number from 1"),
+        ({"min_frames": None}, r"videos\.min_frames: None; expected a whole number from 1"),
+        ({"total_pixels": float("inf")}, r"videos\.total_pixels: inf; expected a whole number from 1"),
+        ({"convention": "v1"}, r"videos\.convention: 'v1'; expected one of v457, v523"),
         ({"min_frames": 8, "max_frames": 4}, "expected min <= max"),
         ({"sampling": "random"}, "videos.sampling: 'random'; expected one of ends, steps"),
     ],

@@ -35,6 +35,37 @@ def test_whole_files(tmp_path, name, codec, options):
     assert list(VideoFile(path).read([])) == []
 
 
+def test_frames_are_upright(tmp_path):
+    whole = decode_all(write_video(tmp_path / "whole.mp4", 3, 5))
+    one = 1 << 16
+    # How x and y are shown: (x from x, y from x, x from y, y from y).
+    for (a, b, c, d), upright in {
+        (1, 0, 0, 1): whole,
+        (0, 1, -1, 0): np.rot90(whole, -1, axes=(1, 2)),
+        (-1, 0, 0, -1): np.rot90(whole, 2, axes=(1, 2)),
+        (0, -1, 1, 0): np.rot90(whole, 1, axes=(1, 2)),
+        (-1, 0, 0, 1): whole[:, :, ::-1],
+        (1, 0, 0, -1): whole[:, ::-1],
+        (0, 1, 1, 0): whole.transpose(0, 2, 1, 3),
+        (0, -1, -1, 0): whole[:, ::-1, ::-1].transpose(0, 2, 1, 3),
+    }.items():
+        matrix = [value * one for value in (a, b, 0, c, d, 0, 0, 0, 1 << 14)]
+        path = write_video(tmp_path / "turned.mp4", 3, 5, matrix=matrix)
+        np.testing.assert_array_equal(np.stack(list(VideoFile(path).read([0, 1, 2]))), upright)
+
+
+def test_a_rotation_is_the_one_that_pyav_names(tmp_path):
+    for degrees, size in ((0, (64, 48)), (90, (48, 64)), (180, (64, 48)), (-90, (48, 64))):
+        path = write_video(tmp_path / "turned.mp4", 3, 5, matrix=degrees)
+        with av.open(str(path)) as container:
+            frame = next(container.decode(video=0))
+            assert frame.rotation % 360 == degrees % 360
+            upright = np.rot90(frame.to_ndarray(format="rgb24"), degrees // 90)  # against the clock
+        (found,) = VideoFile(path).read([0])
+        assert found.shape[1::-1] == size
+        np.testing.assert_array_equal(found, upright)
+
+
 def test_sound_beside_the_video_does_not_matter(tmp_path):
     path = write_video(tmp_path / "a.mp4", 30, 15, audio=True)
     assert VideoFile(path).frames == 30

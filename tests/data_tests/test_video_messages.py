@@ -76,9 +76,9 @@ def test_what_does_not_fit_is_named(chat, encoder):
     with pytest.raises(ConfigError, match=r"0 of them image tokens, 6 video tokens\), which does not fit"):
         short({"messages": question(CLIP, "What?")})
     content = [{"type": "video", "video": "gone.mp4"}]
-    with pytest.raises(ConfigError, match=r"row 2\[0\]: video gone\.mp4 cannot be read: no such file"):
+    with pytest.raises(ConfigError, match=r"row 2\[0\]\.content\[0\]: video gone\.mp4 cannot be read: no such file"):
         encoder({"messages": [{"role": "user", "content": content}]}, "row 2")
-    with pytest.raises(ConfigError, match=r"row 2\[0\]: video option 'speed'; expected one of fps"):
+    with pytest.raises(ConfigError, match=r"row 2\[0\]\.content\[0\]: option 'speed'; expected one of fps"):
         encoder({"messages": question(CLIP, speed=3)}, "row 2")
 
 
@@ -178,7 +178,9 @@ def test_batches_of_a_data_set_with_videos(video_rows, packing):
         assert torch.equal(batch["second_per_grid_ts"], torch.tensor([1 / (4 / n * 6) for n in frames_of(batch)]))
     assert_same_batches(batches, list(module(1).train_dataloader()))
     video_rows.with_name("2.mp4").write_bytes(b"damaged")
-    with pytest.raises(ConfigError, match=r"rows\.jsonl \(train\) row \d\[0\]: video .*2\.mp4 cannot be read"):
+    with pytest.raises(
+        ConfigError, match=r"rows\.jsonl \(train\) row \d\[0\]\.content\[0\]: video .*2\.mp4 cannot be read"
+    ):
         list(module(0).train_dataloader())
 
 

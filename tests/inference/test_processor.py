@@ -1,6 +1,7 @@
 """Tests of hybridvl.inference.processor: prompts, batches, our folders, and those of Qwen2.5-VL and InfiniteVL."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -97,8 +98,44 @@ def test_a_batch_is_the_prompts_padded_on_the_left(small):
     assert set(small.batch([conversations[1]])) == {"input_ids", "attention_mask"}
     with pytest.raises(ConfigError, match="no conversations"):
         small.batch([])
-    with pytest.raises(ConfigError, match=r"messages\[1\]\[0\]: image gone\.png cannot be read"):
+    with pytest.raises(ConfigError, match=r"messages\[1\]\[0\]\.content\[0\]: image gone\.png cannot be read"):
         small.batch([conversations[0], [{"role": "user", "content": [{"type": "image", "image": "gone.png"}]}]])
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({"type": "image"}, 'image part without a value; expected {"type": "image", "image": ...}'),
+        ({"type": "image", "image": None}, "image part without a value"),
+        ({"type": "video", "fps": 3}, 'video part without a value; expected {"type": "video", "video": ...}'),
+        ({"type": "image_url", "image_url": "a.png"}, "{'type': 'image_url', 'image_url': 'a.png'}; expected"),
+        ({"type": "image", "image": 5}, "int; expected a PIL image, an array, a file or its bytes"),
+        ({"type": "image", "image": RED, "fps": 3}, "option 'fps'; expected one of min_pixels, max_pixels"),
+        ({"type": "video", "video": CLIP, "speed": 3}, "option 'speed'; expected one of fps"),
+        ({"type": "video", "video": CLIP, "fps": 0}, "videos.fps: 0; expected a number from 1e-6"),
+        ({"type": "video", "video": 5}, "int; expected a video's file, its bytes or a list of frames"),
+        ({"type": "video", "video": [RED, 5]}, "frame 1: int; expected a PIL image"),
+    ],
+)
+def test_mistakes_in_a_part_are_named(small, part, message):
+    question = {"role": "user", "content": [{"type": "text", "text": "a"}, part]}
+    with pytest.raises(ConfigError, match=r"messages\[1\]\.content\[1\]:? ?" + re.escape(message)):
+        small.prompt([{"role": "system", "content": "Be brief."}, question])
+
+
+@pytest.mark.parametrize("conversations", [None, 5, [None], ["x"], [{"role": "user", "content": "x"}], {}])
+def test_mistakes_in_a_batch_are_named(small, conversations):
+    with pytest.raises(ConfigError, match=r"messages(\[0\])?: .*expected (a list of messages|at least one)"):
+        small.batch(conversations)
+
+
+def test_limits_of_one_part(small):
+    large = Image.new("RGB", (280, 280))
+    parts = [{"type": "image", "image": large, "max_pixels": 3136}, {"type": "image", "image": large}]
+    clip = {"type": "video", "video": CLIP, "min_pixels": 10000, "max_pixels": 20000}
+    inputs = small.prompt([{"role": "user", "content": [*parts, clip]}])
+    assert inputs["image_grid_thw"].tolist() == [[1, 4, 4], [1, 6, 6]]
+    assert inputs["video_grid_thw"].tolist() == [[3, 8, 10]]
 
 
 def test_what_was_saved_is_loaded(small, tmp_path):
@@ -214,7 +251,13 @@ def test_a_vocabulary_and_merges_are_enough(folder):
         ({"resample": 2}, r"preprocessor_config\.json: resample: 2; expected 3"),
         ({"do_normalize": False}, "do_normalize: False; expected True"),
         ({"rescale_factor": 1.0}, "rescale_factor: 1.0; expected 1 / 255"),
-        ({"patch_size": "14"}, "patch_size: '14'; expected a whole number"),
+        ({"rescale_factor": "1/255"}, "rescale_factor: '1/255'; expected 1 / 255"),
+        ({"rescale_factor": float("nan")}, "rescale_factor: nan; expected 1 / 255"),
+        ({"patch_size": "14"}, r"preprocessor_config\.json: images\.patch_size: '14'; expected a whole number"),
+        ({"patch_size": True}, r"images\.patch_size: True; expected a whole number"),
+        ({"image_mean": ["a", "b", "c"]}, r"images\.mean and images\.std: \['a', 'b', 'c'\]"),
+        ({"image_mean": 5}, r"images\.mean and images\.std: 5 and"),
+        ({"size": {"shortest_edge": "a"}, "min_pixels": None}, r"images\.min_pixels: 'a'; expected a whole number"),
         ({"min_pixels": 10, "max_pixels": 5}, r"preprocessor_config\.json: .*expected 0 < min <= max"),
         ({"size": 5, "min_pixels": None}, "size: 5; expected an object"),
     ],
@@ -227,8 +270,8 @@ def test_settings_that_cannot_be_followed_are_named(folder, change, message):
 
 def test_damaged_folders_are_named(folder, tmp_path):
     for name, content, message in (
-        ("preprocessor_config.json", "{", r"preprocessor_config\.json: damaged"),
-        ("preprocessor_config.json", "[]", r"preprocessor_config\.json: list; expected an object"),
+        ("preprocessor_config.json", "{", r"preprocessor_config\.json: not valid JSON"),
+        ("preprocessor_config.json", "[]", r"preprocessor_config\.json: holds a list; expected an object"),
         ("tokenizer.json", "{", "tokenizer .* cannot be loaded"),
     ):
         whole = (folder / name).read_text()
