@@ -211,9 +211,7 @@ def test_a_cache_starts_again() -> None:
 
 def test_padding_on_the_right_is_refused() -> None:
     model, ids = Wrapped.wrap(CASES[5].net()), torch.tensor([[1, 2, 3], [4, 85, 85]])
-    with pytest.raises(
-        ConfigError, match="a row of `generate` ends in padding; expected padding on the left"
-    ):
+    with pytest.raises(ConfigError, match="a row of `generate` ends in padding; expected padding on the left"):
         model.generate(ids, attention_mask=torch.tensor([[1, 1, 1], [1, 0, 0]]))
 
 
