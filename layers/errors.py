@@ -1,5 +1,10 @@
 """The one exception for mistakes in what a user wrote."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class ConfigError(ValueError):
     """A mistake in a user's configuration or input.
@@ -7,3 +12,12 @@ class ConfigError(ValueError):
     The message names the place (a YAML path, a file), the value found and what is accepted.
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+@contextlib.contextmanager
+def within(place: str) -> Iterator[None]:
+    """Put a place before the message of every ConfigError of the block; an empty one changes nothing."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}" if place else str(error)) from error

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
 
 from hybridvl.layers.base import MixerConfig
 from hybridvl.layers.errors import ConfigError
+
+MAX_INT = 2**31 - 1  # of heads, dims and windows: larger than any that can be built
 
 
 def check_types(config: MixerConfig) -> None:
@@ -32,15 +35,16 @@ def check_width(config: MixerConfig, width: int) -> None:
 
 
 def expect_at_least(config: MixerConfig, least: int, *fields: str) -> None:
-    """Raise ConfigError for the first of the integer fields that is below `least`."""
+    """Raise ConfigError for the first of the integer fields that is below `least`, or beyond all sizes."""
     for field in fields:
         expect(config, field, getattr(config, field) >= least, f"an integer of at least {least}")
+        expect(config, field, getattr(config, field) <= MAX_INT, f"an integer of at most {MAX_INT}")
 
 
 def expect_positive(config: MixerConfig, *fields: str) -> None:
     """Raise ConfigError for the first of the fields that is not above zero and finite."""
     for field in fields:
-        expect(config, field, 0 < getattr(config, field) < float("inf"), "a number above 0")
+        expect(config, field, 0 < getattr(config, field) <= sys.float_info.max, "a number above 0")
 
 
 def fits(value: object, hint: object) -> bool:

@@ -15,7 +15,7 @@ from hybridvl.checkpoints.files import parse_json, read_text, usable_path
 from hybridvl.checkpoints.formats import Format, find_format
 from hybridvl.checkpoints.formats.native import FORMAT_VERSION
 from hybridvl.checkpoints.tensor_files import PICKLES, TensorFiles
-from hybridvl.layers import ConfigError
+from hybridvl.layers.errors import ConfigError, within
 from hybridvl.models.config import ModelConfig
 
 __all__ = ["EMBEDDING", "FORMAT_VERSION", "HEAD", "Checkpoint", "checkpoint_folder", "open_checkpoint", "read_config"]
@@ -167,11 +167,9 @@ def _open_config(folder: Path) -> tuple[str, dict[str, Any], Format]:
 
 
 def _configuration(format: Format, values: dict[str, Any], folder: Path) -> ModelConfig:
-    place = folder / "config.json"
-    tied = format.read_tied(values)
+    place = str(folder / "config.json")
+    with within(place):
+        tied = format.read_tied(values)
     if tied is None:
         tied = all(format.ours(name) != HEAD for name in TensorFiles(folder).stored)
-    try:
-        return format.read_config(values, bool(tied), str(place))
-    except (TypeError, AttributeError) as error:  # a list or text where a number or an object belongs
-        raise ConfigError(f"{place}: a value is of the wrong kind: {error}") from error
+    return format.config(values, tied, place)

@@ -11,11 +11,14 @@ from torch import Tensor
 from hybridvl.checkpoints.checkpoint import EMBEDDING, Checkpoint, open_checkpoint
 from hybridvl.checkpoints.comparison import check_same_model
 from hybridvl.checkpoints.origin import remember_origin
-from hybridvl.layers import ConfigError
+from hybridvl.layers.errors import ConfigError, within
+from hybridvl.models.config import ModelConfig
 from hybridvl.models.vlm import VisionLanguageModel
+from hybridvl.pattern import parse_pattern
 
 _LISTED = 8  # tensors that an error message names for each kind of mistake
 _PIECE = 1 << 22  # numbers looked at together when a tensor is checked
+_MOST = 10**12  # parameters of a layer's mixer
 _RELEASED = 1 << 28  # bytes that are copied out of mapped files before these are unmapped
 _WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -33,8 +36,7 @@ def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
     """
     check_dtype(dtype)
     checkpoint = open_checkpoint(path)
-    with torch.device("meta"):
-        model = VisionLanguageModel(checkpoint.config)
+    model = blank_model(checkpoint.config, str(checkpoint.folder))
     check_tensors(checkpoint, model)
     target = torch.device(device)
     dtypes = cast_dtypes(model, {name: checkpoint.dtype(name) for name in checkpoint.names}, dtype)
@@ -65,6 +67,20 @@ def load_weights(model: VisionLanguageModel, path: str | Path) -> None:
     check_tensors(checkpoint, model)
     own = model.state_dict()
     model.load_state_dict({name: finite_tensor(checkpoint, name, own[name].dtype) for name in checkpoint.names})
+
+
+def blank_model(config: ModelConfig, place: str) -> VisionLanguageModel:
+    """The model of a configuration on the meta device: names and shapes without memory.
+
+    Raises ConfigError, naming the place, for mistakes in the configuration, and for layers beyond what can be built.
+    """
+    with within(place):
+        for layer, mixer in enumerate(parse_pattern(config.pattern, config.mixers).configs(config.mixers)):
+            if mixer.num_params(config.width) > _MOST:
+                name = type(mixer).__name__.removesuffix("Config")
+                raise ConfigError(f"layer {layer}: {name} of more than {_MOST:.0e} parameters; expected fewer")
+        with torch.device("meta"):
+            return VisionLanguageModel(config)
 
 
 def check_tensors(checkpoint: Checkpoint, model: VisionLanguageModel) -> None:

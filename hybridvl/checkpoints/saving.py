@@ -102,7 +102,7 @@ def config_values(format: Format, config: ModelConfig) -> dict[str, Any]:
         known = ", ".join(name for name, entry in FORMATS.items() if entry.write_config is not None)
         raise ConfigError(f"format: {format.name!r} is only read; expected one of {known}")
     values = format.write_config(config)
-    again = format.read_config(values, config.tie_embeddings, f"format {format.name!r}")
+    again = format.config(values, config.tie_embeddings, f"format {format.name!r}")
     lost = lost_options(config, again, format.ignored)
     if lost:
         raise ConfigError(f"format {format.name!r} cannot express {'; '.join(lost)}")

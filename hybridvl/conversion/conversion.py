@@ -13,7 +13,14 @@ from torch import Tensor
 
 from hybridvl.checkpoints import Checkpoint, open_checkpoint
 from hybridvl.checkpoints.checkpoint import EMBEDDING
-from hybridvl.checkpoints.loading import cast_dtypes, check_dtype, check_finite, check_tensors, finite_tensor
+from hybridvl.checkpoints.loading import (
+    blank_model,
+    cast_dtypes,
+    check_dtype,
+    check_finite,
+    check_tensors,
+    finite_tensor,
+)
 from hybridvl.conversion.account import account, mixer_prefix, source_name
 from hybridvl.conversion.report import Report
 from hybridvl.conversion.target import source_layers, target_config
@@ -22,6 +29,8 @@ from hybridvl.layers.inherit import Piece, inherit_weights, inherited_pieces, mi
 from hybridvl.layers.short_conv import ShortConv
 from hybridvl.models.config import ModelConfig
 from hybridvl.models.vlm import VisionLanguageModel, init_weights
+
+_MOST_ROWS = 2**18
 
 
 @dataclass(frozen=True)
@@ -57,8 +66,7 @@ class Conversion:
         if not 0 <= seed < 2**63:
             raise ConfigError(f"seed: {seed}; expected a whole number from 0 to 2**63 - 1")
         check_dtype(dtype)
-        with torch.device("meta"):
-            model = VisionLanguageModel(self.config)
+        model = blank_model(self.config, "the new model")
         tensors: dict[str, Tensor] = {}
         seen: set[str] = set()
         for name in model.state_dict():
@@ -147,14 +155,24 @@ def prepare(
     place: where mixers stand, for messages.
     """
     config = target_config(checkpoint.config, pattern, mixers, place)
-    with torch.device("meta"):
-        old, new = VisionLanguageModel(checkpoint.config), VisionLanguageModel(config)
+    old, new = blank_model(checkpoint.config, str(checkpoint.folder)), blank_model(config, "the new model")
+    _check_sizes(new)
     check_tensors(checkpoint, old)
     shapes = {name: checkpoint.shape(name) for name in checkpoint.names}
     follows = source_layers(layers, len(new.mixer_configs), len(old.mixer_configs), new.pattern)
     pieces = _pieces(old, new, follows, inherit)
     report = account(shapes, old, new, follows, pieces, str(checkpoint.folder), inherit)
     return Conversion(checkpoint, config, tuple(follows), pieces, report)
+
+
+def _check_sizes(model: VisionLanguageModel) -> None:
+    """Raise ConfigError for mixers whose rows are too many to be accounted for one by one."""
+    for name, tensor in model.state_dict().items():
+        if ".mixer." in name and max((*tensor.shape, 1)) > _MOST_ROWS:
+            raise ConfigError(
+                f"{name} would have the shape {tuple(tensor.shape)}; expected at most {_MOST_ROWS} rows and columns: "
+                "fewer or smaller heads"
+            )
 
 
 def _pieces(

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hybridvl.layers.errors import ConfigError
+from hybridvl.layers.errors import ConfigError, within
 
 VIDEO_CONVENTIONS = ("v457", "v523")
+MAX_SIZE = 2**24  # of a width, a vocabulary, a row of pixels: larger than any model's, and two of them number a tensor
+MAX_BLOCKS = 4096  # of the vision tower: as many as a pattern may have layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,14 +47,17 @@ class VisionConfig:
     rope_theta: float = 1e4
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "full_attention_blocks", tuple(self.full_attention_blocks))
+        _set_tuple(self, "full_attention_blocks", "vision.full_attention_blocks")
+        _require_int("vision.depth", self.depth, minimum=1, maximum=MAX_BLOCKS)
         for name in (
-            *("depth", "width", "heads", "mlp_width", "patch_size", "temporal_patch_size"),
+            *("width", "heads", "mlp_width", "patch_size", "temporal_patch_size"),
             *("spatial_merge_size", "window_size", "channels"),
         ):
             _require_int(f"vision.{name}", getattr(self, name), minimum=1)
-        _require_positive("vision.norm_eps", self.norm_eps)
-        _require_positive("vision.rope_theta", self.rope_theta)
+        _set_positive(self, "norm_eps", "vision.norm_eps")
+        _set_positive(self, "rope_theta", "vision.rope_theta")
+        _require_int("vision.channels * temporal_patch_size * patch_size ** 2", self.patch_dim, minimum=1)
+        _require_int("vision.width * spatial_merge_size ** 2", self.width * self.spatial_merge_size**2, minimum=1)
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise ConfigError(
                 f"vision.heads: {self.heads} heads for width {self.width}; width / heads must be a multiple of 4"
@@ -133,18 +138,25 @@ class ModelConfig:
         _require_int("mlp_width", self.mlp_width, minimum=0)
         _require_int("vocab_size", self.vocab_size, minimum=1)
         for name in ("norm_eps", "rope_theta", "tokens_per_second", "init_std"):
-            _require_positive(name, getattr(self, name))
+            _set_positive(self, name, name)
+        for name in ("tie_embeddings", "activation_checkpointing"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}: {getattr(self, name)!r}; expected true or false")
+        if not isinstance(self.pattern, str):
+            raise ConfigError(f"pattern: {self.pattern!r}; expected text such as '(swa gdn*3)*9'")
         if not isinstance(self.mixers, Mapping):
             raise ConfigError(f"mixers: {self.mixers!r}; expected a mapping of names to options")
         if self.video_convention not in VIDEO_CONVENTIONS:
             raise ConfigError(f"video_convention: {self.video_convention!r}; expected one of {VIDEO_CONVENTIONS}")
         if self.rope_sections is not None:
-            object.__setattr__(self, "rope_sections", tuple(self.rope_sections))
+            _set_tuple(self, "rope_sections", "rope_sections")
             if len(self.rope_sections) != 3:
                 raise ConfigError(f"rope_sections: {list(self.rope_sections)}; expected three numbers for (t, h, w)")
             for section in self.rope_sections:
                 _require_int("rope_sections", section, minimum=0)
         if self.vision is not None:
+            if not isinstance(self.vision, VisionConfig):
+                raise ConfigError(f"vision: {self.vision!r}; expected a VisionConfig or null")
             self._check_vision_tokens()
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,14 +164,16 @@ class ModelConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], place: str = "model") -> ModelConfig:
-        """The configuration from plain values; unknown keys are a ConfigError that names `place`."""
-        values = dict(values)
-        _refuse_unknown(cls, values, place)
-        if values.get("vision") is not None:
-            _refuse_unknown(VisionConfig, values["vision"], f"{place}.vision")
-            values["vision"] = VisionConfig(**values["vision"])
-        return cls(**values)
+    def from_dict(cls, values: Mapping[str, Any], place: str = "") -> ModelConfig:
+        """The configuration from plain values; ConfigErrors, for unknown keys too, begin with `place`."""
+        with within(place):
+            _refuse_unknown(cls, values)
+            values = dict(values)
+            if values.get("vision") is not None:
+                with within("vision"):
+                    _refuse_unknown(VisionConfig, values["vision"])
+                values["vision"] = VisionConfig(**values["vision"])
+            return cls(**values)
 
     def _check_vision_tokens(self) -> None:
         _require_int("vision_start_token_id", self.vision_start_token_id, minimum=0)
@@ -172,18 +186,37 @@ class ModelConfig:
             raise ConfigError(f"image_token_id and video_token_id: both {self.image_token_id}; expected two tokens")
 
 
-def _refuse_unknown(cls: type, values: Mapping[str, Any], place: str) -> None:
+def _refuse_unknown(cls: type, values: object) -> None:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{values!r}; expected a mapping of options")
     known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - known)
+    unknown = sorted(map(str, set(values) - known))
     if unknown:
-        raise ConfigError(f"{place}: unknown key {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}")
+        raise ConfigError(f"unknown key {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}")
 
 
-def _require_int(name: str, value: object, minimum: int) -> None:
+def _require_int(name: str, value: object, minimum: int, maximum: int = MAX_SIZE) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ConfigError(f"{name}: {value!r}; expected a whole number of at least {minimum}")
+    if value > maximum:
+        shown = value if value < 10**40 else "a number of more than 40 digits"
+        raise ConfigError(f"{name}: {shown}; expected a whole number of at most {maximum}")
 
 
-def _require_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ConfigError(f"{name}: {value!r}; expected a finite number above 0")
+def _set_positive(config: object, name: str, place: str) -> None:
+    """Check a number above 0 and keep it as a float, whatever whole number stands in the file."""
+    value = getattr(config, name)
+    try:
+        found = None if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        found = None
+    if found is None or not 0 < found < float("inf"):
+        raise ConfigError(f"{place}: {value!r}; expected a finite number above 0")
+    object.__setattr__(config, name, found)
+
+
+def _set_tuple(config: object, name: str, place: str) -> None:
+    value = getattr(config, name)
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{place}: {value!r}; expected a list of whole numbers")
+    object.__setattr__(config, name, tuple(value))

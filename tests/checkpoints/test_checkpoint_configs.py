@@ -25,7 +25,7 @@ TOTALS = {"3B": 3_754_622_976, "7B": 8_292_166_656, "32B": 33_452_718_336, "72B"
 
 
 def translated(values: dict[str, Any]) -> ModelConfig:
-    return find_format(values, "place").read_config(values, True, "place")
+    return find_format(values, "place").config(values, True, "place")
 
 
 def on_meta(config: ModelConfig) -> VisionLanguageModel:
@@ -97,6 +97,7 @@ def test_published_configs_without_the_optional_fields() -> None:
     values = json.loads((DATA / "infinitevl_tiny_standard" / "config.json").read_text())
     for name in ("head_dim", "linear_head_dim", "num_linear_heads", "num_linear_key_value_heads", "expand_v"):
         del values[name]
+    values["rope_scaling"] = {"type": "mrope", "mrope_section": [16, 24, 24]}
     config = translated(values)
     assert config.mixers["swa"]["head_dim"] == 128
     wanted = {"heads": 16, "head_dim": 128, "expand_v": 2.0}
@@ -171,7 +172,7 @@ def test_a_configuration_written_and_read_is_itself() -> None:
     for name in ("qwen2_5_vl_tiny", "infinitevl_tiny_standard", "mamba2_tiny"):
         values = json.loads((DATA / name / "config.json").read_text())
         format = find_format(values, name)
-        config = format.read_config(values, False, name)
+        config = format.config(values, False, name)
         assert format.write_config is not None
-        again = format.read_config(format.write_config(config), False, name)
+        again = format.config(format.write_config(config), False, name)
         assert dataclasses.replace(again, mixers={}) == dataclasses.replace(config, mixers={})

@@ -188,6 +188,11 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[Any], message: s
             ["--pattern", "(swa gdm)*2"],
             "unknown mixer 'gdm', did you mean 'gdn'? (known: full, gdn, mamba2, swa)\n  (swa",
         ),
+        (
+            ["--pattern", "gdn*4", "--mixer.gdn.heads", "4000000"],
+            "error: decoder.layers.0.mixer.A_log would have the shape (4000000,); expected at most 262144",
+        ),
+        (["--pattern", "gdn*4", "--mixer.gdn.heads", "4000000000"], "mixers.gdn.heads = 4000000000: expected an integ"),
         (["--pattern", "swa*3"], "pattern 'swa*3' has 3 layers; expected 4"),
         (["--pattern", "gdn(heads=3)*4"], "layer 0: gdn.heads: 3 heads cannot inherit from 4 query heads"),
         (["--pattern", "swa*4", "--mixer.swa.window", "0"], "mixers.swa.window = 0: expected an integer of at least 1"),

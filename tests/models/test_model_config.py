@@ -40,7 +40,7 @@ def test_derived_sizes() -> None:
         ({"rope_sections": [1, 2]}, r"rope_sections: \[1, 2\]; expected three numbers"),
         ({"rope_sections": [1, 2, -3]}, "rope_sections: -3; expected a whole number of at least 0"),
         ({"windw": 1}, "place: unknown key 'windw'; known are activation_checkpointing"),
-        ({"vision": {"depht": 1}}, "place.vision: unknown key 'depht'"),
+        ({"vision": {"depht": 1}}, "place: vision: unknown key 'depht'"),
         ({"vision": {}, "vocab_size": 100}, "image_token_id: 151655; expected a token below vocab_size 100"),
         ({"vision": {}, "image_token_id": 7, "video_token_id": 7}, "both 7; expected two tokens"),
         (

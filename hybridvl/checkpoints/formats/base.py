@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from hybridvl.layers import ConfigError
+from hybridvl.checkpoints.formats.values import Values, flag
+from hybridvl.layers.errors import ConfigError, within
 from hybridvl.models.config import ModelConfig
 
-Values = Mapping[str, Any]
+
+def read_flag(values: Values, key: str) -> bool | None:
+    """true or false, None where it is left out."""
+    return None if values.get(key) is None else flag(values, key, False)
 
 
 class Names:
@@ -51,7 +55,7 @@ class Format:
         name: what `save` calls it.
         model_types: values of model_type in config.json.
         spellings: names of tensors; all are read, the first is written.
-        read_config: (their values, is the head tied, place for messages) to our configuration.
+        read_config: (their values, is the head tied) to our configuration; ConfigErrors name the key.
         write_config: our configuration to their values, ConfigError for what they cannot say; None: only models that
             were loaded from this format can be written.
         read_tied: whether the head is tied, None if the values leave it to the tensors' names.
@@ -63,12 +67,17 @@ class Format:
     name: str
     model_types: tuple[str, ...]
     spellings: tuple[Names, ...]
-    read_config: Callable[[Values, bool, str], ModelConfig]
+    read_config: Callable[[Values, bool], ModelConfig]
     write_config: Callable[[ModelConfig], dict[str, Any]] | None = None
-    read_tied: Callable[[Values], bool | None] = lambda values: values.get("tie_word_embeddings")
+    read_tied: Callable[[Values], bool | None] = lambda values: read_flag(values, "tie_word_embeddings")
     pieces: Callable[[ModelConfig, str], list[Piece]] = lambda config, name: []
     ignored: frozenset[str] = frozenset()
     dtype_key: str | None = None
+
+    def config(self, values: Values, tied: bool, place: str) -> ModelConfig:
+        """Our configuration for their values; ConfigErrors begin with the place."""
+        with within(place):
+            return self.read_config(values, tied)
 
     def ours(self, name: str) -> str | None:
         """Our name for one of theirs in any of the spellings, None if it is in none."""

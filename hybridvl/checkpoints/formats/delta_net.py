@@ -7,53 +7,50 @@ from typing import Any
 
 from torch import Tensor
 
-from hybridvl.checkpoints.formats.base import Piece, Values
-from hybridvl.checkpoints.formats.layer_kinds import first_of, layer_configs
-from hybridvl.checkpoints.formats.values import require, whole
+from hybridvl.checkpoints.formats.base import Piece
+from hybridvl.checkpoints.formats.layer_kinds import first_of, layer_configs, layer_count
+from hybridvl.checkpoints.formats.values import Values, listed, real, require, whole
 from hybridvl.layers import ConfigError
 from hybridvl.layers.gdn import GatedDeltaNetConfig
 from hybridvl.models.config import ModelConfig
 
 
-def read_delta_net(values: Values, tied: bool, options: dict[str, Any], place: str) -> ModelConfig:
+def read_delta_net(values: Values, tied: bool, options: dict[str, Any]) -> ModelConfig:
     """A decoder whose layers are all Gated DeltaNet; `options` are those of the mixer that `values` do not hold."""
-    require(values, "hidden_act", "silu", place)
-    key_dim, value_dim = (whole(values, f"linear_{kind}_head_dim", place) for kind in ("key", "value"))
+    require(values, "hidden_act", "silu")
+    key_dim, value_dim = (whole(values, f"linear_{kind}_head_dim") for kind in ("key", "value"))
     if int(key_dim * (value_dim / key_dim)) != value_dim:
-        raise ConfigError(
-            f"{place}: linear_key_head_dim {key_dim}; expected one that divides a multiple of {value_dim}"
-        )
+        raise ConfigError(f"linear_key_head_dim {key_dim}; expected one that divides a multiple of {value_dim}")
     mixer = {
-        "heads": whole(values, "linear_num_key_heads", place),
-        "value_heads": whole(values, "linear_num_value_heads", place),
+        "heads": whole(values, "linear_num_key_heads"),
+        "value_heads": whole(values, "linear_num_value_heads"),
         "head_dim": key_dim,
         "expand_v": value_dim / key_dim,
-        "conv_width": values.get("linear_conv_kernel_dim", 4),
+        "conv_width": whole(values, "linear_conv_kernel_dim", 4),
         **options,
     }
     return ModelConfig(
-        pattern=" ".join(["gdn"] * whole(values, "num_hidden_layers", place)),
+        pattern=" ".join(["gdn"] * layer_count(values)),
         mixers={"gdn": mixer},
-        width=whole(values, "hidden_size", place),
-        mlp_width=whole(values, "intermediate_size", place),
-        vocab_size=whole(values, "vocab_size", place),
+        width=whole(values, "hidden_size"),
+        mlp_width=whole(values, "intermediate_size"),
+        vocab_size=whole(values, "vocab_size"),
         tie_embeddings=tied,
-        norm_eps=values.get("rms_norm_eps", 1e-6),
+        norm_eps=real(values, "rms_norm_eps", 1e-6),
     )
 
 
-def refuse_attention(values: Values, why: str, place: str) -> None:
+def refuse_attention(values: Values, why: str) -> None:
     """Every layer must be linear_attention; by default every fourth one is not."""
-    layers = whole(values, "num_hidden_layers", place)
-    every = values.get("full_attention_interval", 4)
+    layers, every = layer_count(values), whole(values, "full_attention_interval", 4)
     default = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
-    kinds = values.get("layer_types") or default
+    kinds = listed(values, "layer_types", default)
     if len(kinds) != layers:
-        raise ConfigError(f"{place}: {len(kinds)} layer_types; expected num_hidden_layers = {layers}")
+        raise ConfigError(f"{len(kinds)} layer_types; expected num_hidden_layers = {layers}")
     for index, kind in enumerate(kinds):
         if kind != "linear_attention":
             raise ConfigError(
-                f"{place}: layer_types: layer {index} is {kind!r}, {why}; expected 'linear_attention' in every layer"
+                f"layer_types: layer {index} is {kind!r}, {why}; expected 'linear_attention' in every layer"
             )
 
 

@@ -5,26 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from hybridvl.checkpoints.formats.base import Values
-from hybridvl.checkpoints.formats.values import whole
+from hybridvl.checkpoints.formats.values import Values, whole
 from hybridvl.layers import ConfigError, MixerConfig
 from hybridvl.layers.full import FullAttentionConfig
 from hybridvl.layers.softmax_attention import AttentionConfig
 from hybridvl.models.config import ModelConfig
 from hybridvl.pattern import parse_pattern
+from hybridvl.pattern.syntax import MAX_LAYERS
 
+Layers = Sequence[tuple[str, MixerConfig]]
 Mixer = TypeVar("Mixer", bound=MixerConfig)
 LAYER_TYPES = {"full_attention": "full", "sliding_attention": "swa", "linear_attention": "gdn"}
 
 
-def mixer_names(kinds: object, layers: int, place: str, accepted: Sequence[str] = tuple(LAYER_TYPES)) -> list[str]:
+def mixer_names(kinds: object, layers: int, accepted: Sequence[str] = tuple(LAYER_TYPES)) -> list[str]:
     """The mixer of every layer, from a list of layer_types."""
     if not isinstance(kinds, list | tuple) or len(kinds) != layers:
         found = f"{len(kinds)} layer_types" if isinstance(kinds, list | tuple) else f"layer_types {kinds!r}"
-        raise ConfigError(f"{place}: {found}; expected num_hidden_layers = {layers}")
+        raise ConfigError(f"{found}; expected num_hidden_layers = {layers}")
     unknown = sorted({str(kind) for kind in kinds} - set(accepted))
     if unknown:
-        raise ConfigError(f"{place}: layer_types {unknown}; expected {', '.join(accepted)}")
+        raise ConfigError(f"layer_types {unknown}; expected {', '.join(accepted)}")
     return [LAYER_TYPES[kind] for kind in kinds]
 
 
@@ -47,19 +48,24 @@ def layers_of(
     return found
 
 
-def first_of(layers: Sequence[tuple[str, MixerConfig]], default: Mixer) -> Mixer:
+def first_of(layers: Layers, default: Mixer) -> Mixer:
     """The options of the first layer whose mixer is of the default's kind, else the default."""
     return next((options for _, options in layers if isinstance(options, type(default))), default)
 
 
-def attention_options(text: Values, place: str) -> dict[str, Any]:
+def layer_count(values: Values) -> int:
+    """num_hidden_layers."""
+    return whole(values, "num_hidden_layers", most=MAX_LAYERS)
+
+
+def attention_options(text: Values) -> dict[str, Any]:
     """heads, kv_heads and head_dim of attention layers."""
-    heads = whole(text, "num_attention_heads", place)
-    head_dim = text.get("head_dim") or whole(text, "hidden_size", place) // heads
-    return {"heads": heads, "kv_heads": text.get("num_key_value_heads") or heads, "head_dim": head_dim}
+    heads = whole(text, "num_attention_heads")
+    head_dim = whole(text, "head_dim", whole(text, "hidden_size") // heads)
+    return {"heads": heads, "kv_heads": whole(text, "num_key_value_heads", heads), "head_dim": head_dim}
 
 
-def first_attention(layers: Sequence[tuple[str, MixerConfig]]) -> AttentionConfig:
+def first_attention(layers: Layers) -> AttentionConfig:
     """The options of the first attention layer of any kind, else the defaults."""
     attention = (options for _, options in layers if isinstance(options, AttentionConfig))
     return next(attention, FullAttentionConfig())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-from hybridvl.checkpoints.formats.base import Format, Names, Values
-from hybridvl.checkpoints.formats.layer_kinds import first_of, layers_of
-from hybridvl.checkpoints.formats.values import number, require, whole
+from hybridvl.checkpoints.formats.base import Format, Names
+from hybridvl.checkpoints.formats.layer_kinds import first_of, layer_count, layers_of
+from hybridvl.checkpoints.formats.values import Values, flag, listed, real, require, whole
 from hybridvl.layers import ConfigError
 from hybridvl.layers.mamba2 import Mamba2Config
 from hybridvl.models.config import ModelConfig
@@ -23,23 +24,25 @@ _OPTIONS: tuple[tuple[str, str, Any], ...] = (
     ("proj_bias", "use_bias", False),
     ("norm_eps", "layer_norm_epsilon", 1e-5),
 )
+_READERS: dict[type, Callable[..., Any]] = {int: whole, float: real, bool: flag}
+_INFINITY = {"__float__": "Infinity"}  # transformers' spelling of what JSON lacks
 
 
-def _read_config(values: Values, tied: bool, place: str) -> ModelConfig:
-    options = {ours: values.get(theirs, default) for ours, theirs, default in _OPTIONS}
-    width, head_dim = whole(values, "hidden_size", place), whole({"head_dim": 64, **values}, "head_dim", place)
-    require(values, "num_heads", width * whole({"expand": 2, **values}, "expand", place) // head_dim, place)
-    require(values, "rms_norm", True, place)
-    require(values, "hidden_act", "silu", place)
-    low, high = (number(limit) for limit in values.get("time_step_limit", (0.0, math.inf)))
-    if low > 0 or high < math.inf:
-        raise ConfigError(f"{place}: time_step_limit {[low, high]}; expected no limit, [0, Infinity]")
+def _read_config(values: Values, tied: bool) -> ModelConfig:
+    options = {ours: _READERS[type(default)](values, theirs, default) for ours, theirs, default in _OPTIONS}
+    width = whole(values, "hidden_size")
+    require(values, "num_heads", width * options["expand"] // options["head_dim"])
+    require(values, "rms_norm", True)
+    require(values, "hidden_act", "silu")
+    limits = listed(values, "time_step_limit", (0.0, math.inf))
+    if limits not in ([0, math.inf], [0, _INFINITY]):
+        raise ConfigError(f"time_step_limit {limits}; expected no limit, [0, Infinity]")
     return ModelConfig(
-        pattern=" ".join(["mamba2"] * whole(values, "num_hidden_layers", place)),
+        pattern=" ".join(["mamba2"] * layer_count(values)),
         mixers={"mamba2": options},
         width=width,
         mlp_width=0,
-        vocab_size=whole(values, "vocab_size", place),
+        vocab_size=whole(values, "vocab_size"),
         tie_embeddings=tied,
         norm_eps=options["norm_eps"],
     )
@@ -62,7 +65,7 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
         "residual_in_fp32": True,
         "rms_norm": True,
         "tie_word_embeddings": config.tie_embeddings,
-        "time_step_limit": [0.0, {"__float__": "Infinity"}],
+        "time_step_limit": [0.0, _INFINITY],
         "vocab_size": config.vocab_size,
     }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybridvl.checkpoints.formats.base import Format, Names, Values
+from hybridvl.checkpoints.formats.base import Format, Names
+from hybridvl.checkpoints.formats.values import Values, flag
 from hybridvl.layers import ConfigError
 from hybridvl.models.config import ModelConfig
 from hybridvl.pattern import parse_pattern
@@ -18,12 +19,12 @@ _TRANSFORMERS_KEYS = {
 }
 
 
-def _read_config(values: Values, tied: bool, place: str) -> ModelConfig:
+def _read_config(values: Values, tied: bool) -> ModelConfig:
     version = values.get("format_version")
     if version != FORMAT_VERSION:
-        raise ConfigError(f"{place}: format_version {version!r}; expected {FORMAT_VERSION}")
+        raise ConfigError(f"format_version {version!r}; expected {FORMAT_VERSION}")
     own = {key: value for key, value in values.items() if key not in {"format_version", *_TRANSFORMERS_KEYS}}
-    return ModelConfig.from_dict(own, place)
+    return ModelConfig.from_dict(own)
 
 
 def _write_config(config: ModelConfig) -> dict[str, Any]:
@@ -38,6 +39,6 @@ HYBRIDVL = Format(
     spellings=(Names(("visual.", "visual."), ("decoder.", "decoder."), ("lm_head.", "lm_head.")),),
     read_config=_read_config,
     write_config=_write_config,
-    read_tied=lambda values: bool(values.get("tie_embeddings", True)),
+    read_tied=lambda values: flag(values, "tie_embeddings", True),
     dtype_key="dtype",
 )

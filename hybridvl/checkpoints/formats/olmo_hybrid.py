@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from hybridvl.checkpoints.formats.base import Format, Names, Piece, Values, vision_language_names
+from hybridvl.checkpoints.formats.base import Format, Names, Piece, vision_language_names
 from hybridvl.checkpoints.formats.delta_net import conv_pieces, read_delta_net, refuse_attention
-from hybridvl.checkpoints.formats.values import whole
+from hybridvl.checkpoints.formats.values import Values, flag, whole
 from hybridvl.models.config import ModelConfig
 
 _CONV = re.compile(r"model\.layers\.(\d+)\.linear_attn\.conv1d\.weight")
@@ -21,20 +21,20 @@ _PUBLISHED = Names(
 )
 
 
-def _read_config(values: Values, tied: bool, place: str) -> ModelConfig:
-    refuse_attention(values, "which norms queries and keys over all heads, and its output instead of its input", place)
-    heads = values.get("num_attention_heads", 30)
-    keys = values.get("linear_num_key_heads") or heads
-    key_dim = values.get("linear_key_head_dim") or int(0.75 * whole(values, "hidden_size", place) / keys)
+def _read_config(values: Values, tied: bool) -> ModelConfig:
+    refuse_attention(values, "which norms queries and keys over all heads, and its output instead of its input")
+    heads = whole(values, "num_attention_heads", 30)
+    keys = whole(values, "linear_num_key_heads", heads)
+    key_dim = whole(values, "linear_key_head_dim", int(0.75 * whole(values, "hidden_size") / keys))
     filled = {
         **values,
         "linear_num_key_heads": keys,
-        "linear_num_value_heads": values.get("linear_num_value_heads") or heads,
+        "linear_num_value_heads": whole(values, "linear_num_value_heads", heads),
         "linear_key_head_dim": key_dim,
-        "linear_value_head_dim": values.get("linear_value_head_dim") or 2 * key_dim,
+        "linear_value_head_dim": whole(values, "linear_value_head_dim", 2 * key_dim),
     }
-    options = {"negative_eigenvalues": values.get("linear_allow_neg_eigval", True), "norm_eps": 1e-5}
-    return read_delta_net(filled, tied, options, place)
+    options = {"negative_eigenvalues": flag(values, "linear_allow_neg_eigval", True), "norm_eps": 1e-5}
+    return read_delta_net(filled, tied, options)
 
 
 def _pieces(config: ModelConfig, name: str) -> list[Piece]:

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybridvl.checkpoints.formats.base import Format, Values, vision_language_names
+from hybridvl.checkpoints.formats.base import Format, read_flag, vision_language_names
 from hybridvl.checkpoints.formats.layer_kinds import (
     attention_options,
-    attention_values,
     first_attention,
     first_of,
+    layer_count,
     layers_of,
     mixer_names,
 )
-from hybridvl.checkpoints.formats.values import require, whole
+from hybridvl.checkpoints.formats.values import Values, flag, require, section, whole
 from hybridvl.checkpoints.formats.vision import (
-    read_rotary,
-    read_vision,
-    read_visual_tokens,
+    read_vision_language,
+    write_text,
     write_vision,
     write_visual_tokens,
     written_sections,
@@ -31,73 +30,50 @@ _KINDS: dict[type[MixerConfig], str] = {FullAttentionConfig: "full_attention", S
 
 
 def _read_tied(values: Values) -> bool | None:
-    found = [part.get("tie_word_embeddings") for part in (values, values.get("text_config") or {})]
+    found = [read_flag(part, "tie_word_embeddings") for part in (values, section(values, "text_config"))]
     return any(found) if any(tied is not None for tied in found) else None
 
 
-def _read_config(values: Values, tied: bool, place: str) -> ModelConfig:
-    text = {**values, **(values.get("text_config") or {})}
-    layers, width = whole(text, "num_hidden_layers", place), whole(text, "hidden_size", place)
-    require(text, "hidden_act", "silu", place)
-    kinds, window = text.get("layer_types"), text.get("sliding_window")
+def _read_config(values: Values, tied: bool) -> ModelConfig:
+    text = {**values, **section(values, "text_config")}
+    layers, kinds = layer_count(text), text.get("layer_types")
+    require(text, "hidden_act", "silu")
     if kinds is None:
-        first = text.get("max_window_layers", 80) if text.get("use_sliding_window") and window else layers
+        slides = flag(text, "use_sliding_window", False) and text.get("sliding_window") is not None
+        first = whole(text, "max_window_layers", 80, least=0) if slides else layers
         kinds = ["full_attention" if i < first else "sliding_attention" for i in range(layers)]
-    names = mixer_names(kinds, layers, place, tuple(_KINDS.values()))
-    attention = attention_options({**text, "head_dim": None}, place)
-    mixers = {"full": attention, "swa": {**attention, "window": window}}
-    return ModelConfig(
-        pattern=" ".join(names),
-        mixers={name: options for name, options in mixers.items() if name in names},
-        width=width,
-        mlp_width=whole(text, "intermediate_size", place),
-        vocab_size=whole(text, "vocab_size", place),
-        tie_embeddings=tied,
-        norm_eps=text.get("rms_norm_eps", 1e-5),
-        vision=read_vision(values, width, place),
-        **read_rotary(text, place),
-        **read_visual_tokens(values),
-    )
+    names = mixer_names(kinds, layers, tuple(_KINDS.values()))
+    attention = attention_options({**text, "head_dim": None})
+    mixers = {"full": attention}
+    if "swa" in names:
+        mixers["swa"] = {**attention, "window": whole(text, "sliding_window")}
+    return read_vision_language(values, text, names, mixers, tied, eps=1e-5)
 
 
 def _write_config(config: ModelConfig) -> dict[str, Any]:
     layers = layers_of(config, "qwen2_5_vl", _KINDS)
-    if config.mlp_width == 0:
-        raise ConfigError("format 'qwen2_5_vl': mlp_width is 0, which it cannot express; expected at least 1")
     attention, sliding = first_attention(layers), first_of(layers, SlidingWindowConfig())
-    if attention.head_dim * attention.heads != config.width:
-        raise ConfigError(
-            f"format 'qwen2_5_vl': head_dim {attention.head_dim}, which it cannot express; expected width / heads = "
-            f"{config.width} / {attention.heads}"
-        )
     kinds = [kind for kind, _ in layers]
     slides = "sliding_attention" in kinds
     text = {
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643 if config.vocab_size > 151643 else None,
-        "eos_token_id": 151645 if config.vocab_size > 151645 else None,
-        "hidden_act": "silu",
-        "hidden_size": config.width,
-        "initializer_range": config.init_std,
-        "intermediate_size": config.mlp_width,
-        "layer_types": kinds,
-        "max_position_embeddings": 128000,
+        **write_text(config, kinds, attention, "qwen2_5_vl"),
         "max_window_layers": kinds.index("sliding_attention") if slides else len(kinds),
         "model_type": "qwen2_5_vl_text",
-        **attention_values(attention),
-        "num_hidden_layers": len(kinds),
         "pad_token_id": None,
-        "rms_norm_eps": config.norm_eps,
         "rope_parameters": {
-            "mrope_section": written_sections(config, attention),
+            "mrope_section": written_sections(config, layers),
             "rope_theta": config.rope_theta,
             "rope_type": "default",
         },
         "sliding_window": sliding.window if slides else None,
         "use_cache": True,
         "use_sliding_window": slides,
-        "vocab_size": config.vocab_size,
     }
+    if attention.head_dim * attention.heads != config.width:
+        raise ConfigError(
+            f"format 'qwen2_5_vl': head_dim {attention.head_dim}, which it cannot express; expected width / heads = "
+            f"{config.width} / {attention.heads}"
+        )
     vision = write_vision(config, "qwen2_5_vl")
     theta = config.vision.rope_theta if config.vision else None
     vision_extra = {"model_type": "qwen2_5_vl_vision", "rope_parameters": {"rope_theta": theta, "rope_type": "axial"}}

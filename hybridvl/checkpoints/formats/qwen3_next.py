@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from hybridvl.checkpoints.formats.base import Format, Names, Piece, Values
+from hybridvl.checkpoints.formats.base import Format, Names, Piece
 from hybridvl.checkpoints.formats.delta_net import conv_pieces, read_delta_net, refuse_attention
-from hybridvl.checkpoints.formats.layer_kinds import first_of, layer_configs
-from hybridvl.checkpoints.formats.values import whole
+from hybridvl.checkpoints.formats.layer_kinds import first_of, layer_configs, layer_count
+from hybridvl.checkpoints.formats.values import Values, listed, real, whole
 from hybridvl.layers import ConfigError
 from hybridvl.layers.gdn import GatedDeltaNetConfig
 from hybridvl.layers.norms import at_least_float32
@@ -35,18 +35,18 @@ _CENTRED = re.compile(r"model\.(layers\.\d+\.(input|post_attention)_layer)?norm\
 _FUSED = re.compile(r"model\.layers\.(\d+)\.linear_attn\.(in_proj_qkvz|in_proj_ba|conv1d)\.weight")
 
 
-def _read_config(values: Values, tied: bool, place: str) -> ModelConfig:
-    values = {**_DEFAULTS, **values}
-    refuse_attention(values, "whose output gate and zero-centred norms our attention lacks", place)
-    layers, experts = whole(values, "num_hidden_layers", place), values.get("num_experts", 512)
-    step, dense = values.get("decoder_sparse_step", 1), values.get("mlp_only_layers") or []
-    for index in range(layers):
+def _read_config(values: Values, tied: bool) -> ModelConfig:
+    values = {**_DEFAULTS, **{key: value for key, value in values.items() if value is not None}}
+    refuse_attention(values, "whose output gate and zero-centred norms our attention lacks")
+    experts, step = whole(values, "num_experts", 512, least=0), whole(values, "decoder_sparse_step", 1)
+    dense = listed(values, "mlp_only_layers", [])
+    for index in range(layer_count(values)):
         if experts and (index + 1) % step == 0 and index not in dense:
             raise ConfigError(
-                f"{place}: num_experts {experts}: layer {index} is a mixture of experts; expected num_experts 0, or "
+                f"num_experts {experts}: layer {index} is a mixture of experts; expected num_experts 0, or "
                 "every layer in mlp_only_layers"
             )
-    return read_delta_net(values, tied, {"norm_eps": values.get("rms_norm_eps", 1e-6)}, place)
+    return read_delta_net(values, tied, {"norm_eps": real(values, "rms_norm_eps", 1e-6)})
 
 
 def _pieces(config: ModelConfig, name: str) -> list[Piece]:
