@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -87,6 +88,9 @@ def check_layout(
     """Raise ConfigError unless the mask, or the packing of one row, and what a state holds per row fit (B, T)."""
     if len(shape) != 2:
         raise ConfigError(f"input_ids: shape {shape}; expected (B, T)")
+    for name, given in (("attention_mask", attention_mask), ("cu_seqlens", cu_seqlens)):
+        if given is not None and not isinstance(given, Tensor):
+            raise ConfigError(f"{name}: {type(given).__name__}; expected a tensor")
     if attention_mask is not None and tuple(attention_mask.shape) != shape:
         raise ConfigError(
             f"attention_mask: shape {tuple(attention_mask.shape)}; expected {shape}, the new tokens alone"
@@ -169,6 +173,8 @@ class _Visuals:
             raise ConfigError(
                 f"second_per_grid_ts: {len(seconds)} numbers for {len(videos)} video grids; expected one for each"
             )
+        if not all(0 <= number < math.inf for number in seconds):
+            raise ConfigError(f"second_per_grid_ts: {seconds}; expected seconds of at least 0")
         self.seconds = iter(seconds)
 
     def place(self, ids: Tensor, position: int) -> Tensor:

@@ -113,6 +113,9 @@ def test_every_video_has_its_seconds(seconds: list[float]) -> None:
     message = rf"second_per_grid_ts: {len(seconds)} numbers for 2 video grids"
     with pytest.raises(ConfigError, match=message):
         rope_positions(RULES, ids, VisualGrids(videos=videos, seconds=torch.tensor(seconds)))
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=rf"second_per_grid_ts: \[1.0, {wrong}\]; expected seconds of at least 0"):
+            rope_positions(RULES, ids, VisualGrids(videos=videos, seconds=[1.0, wrong]))
     right = rope_positions(RULES, ids, VisualGrids(videos=videos, seconds=[1.0, 3.0]))
     assert right[0, 0].tolist() == [0, 2, 3, 4, 10]
 
@@ -143,3 +146,11 @@ def test_segments_must_cover_the_row(bounds: list[int], image: bool) -> None:
     ids = torch.tensor([[1, *[250] * 6]]) if image else torch.ones(1, 7, dtype=torch.int64)
     with pytest.raises(ConfigError, match="expected to rise from 0 to the 7 tokens of the row"):
         rope_positions(RULES, ids, VisualGrids(GRID if image else None), cu_seqlens=torch.tensor(bounds))
+
+
+def test_lists_in_place_of_tensors() -> None:
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with pytest.raises(ConfigError, match="attention_mask: list; expected a tensor"):
+        small_model("full")(ids, attention_mask=[[1, 1, 1]])
+    with pytest.raises(ConfigError, match="cu_seqlens: list; expected a tensor"):
+        small_model("full")(ids, cu_seqlens=[0, 3])
