@@ -119,6 +119,8 @@ class MixerConfig(ABC):
     """Options of a mixer and what they cost. Frozen; values are checked on construction (`__post_init__`)."""
 
     name: ClassVar[str] = ""  # the registered name, set by `register`
+    # Options that leave the weights what they are: they change what is computed with them, or how they were drawn.
+    weightless: ClassVar[frozenset[str]] = frozenset({"backend", "norm_eps"})
 
     @abstractmethod
     def build(self, width: int) -> Mixer:
@@ -139,6 +141,11 @@ class MixerConfig(ABC):
 
         width: model width D, read by the mixers whose state depends on it (Mamba2); they raise ConfigError without it.
         """
+
+    def weight_options(self) -> dict[str, object]:
+        """The options that say what the weights are: a layer can go on with another's weights if theirs are equal."""
+        names = (field.name for field in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in names if name not in self.weightless}
 
     @property
     def rotary_dim(self) -> int:

@@ -15,9 +15,11 @@ from hybridvl.layers.ops import gated_delta_rule
 from hybridvl.layers.ops.backend import backend_names, backend_or_auto
 from hybridvl.layers.ops.gated_delta_rule import gated_delta_rule_flops
 from hybridvl.layers.ops.gdn_step import gated_delta_net_step
+from hybridvl.layers.pieces import Piece, head_piece, key_value_heads, qkvo_rule, source_heads
 from hybridvl.layers.registry import register
 from hybridvl.layers.rows import RowMixer, is_step, readable, zero_padding
 from hybridvl.layers.short_conv import ShortConv
+from hybridvl.layers.softmax_attention import AttentionConfig
 from hybridvl.layers.validate import check_types, check_width, expect, expect_at_least, expect_positive
 
 
@@ -39,6 +41,8 @@ class GatedDeltaNetConfig(MixerConfig):
             training is slow to unlearn that. dt_floor: their least value.
         backend: implementation of the gated delta rule, and of the convolutions where they have it.
     """
+
+    weightless = MixerConfig.weightless | {"negative_eigenvalues", "dt_min", "dt_max", "dt_floor"}
 
     heads: int = 16
     value_heads: int | None = None
@@ -64,6 +68,10 @@ class GatedDeltaNetConfig(MixerConfig):
         expect(self, "expand_v", whole, f"a number that gives whole value dims with head_dim = {self.head_dim}")
         names = backend_names("gated_delta_rule")
         expect(self, "backend", self.backend in names, f"one of {', '.join(names)}")
+
+    def weight_options(self) -> dict[str, object]:
+        """See `MixerConfig.weight_options`; null value_heads stand for heads."""
+        return {**super().weight_options(), "value_heads": self.value_head_count}
 
     @property
     def value_head_count(self) -> int:
@@ -222,3 +230,17 @@ class GatedDeltaNet(Float32Parameters, RowMixer):
         g = -self.A_log.to(wide).exp() * F.softplus(self.a_proj(x).to(wide) + self.dt_bias.to(wide))
         beta = self.b_proj(x).to(wide).sigmoid()
         return g, 2 * beta if self.config.negative_eigenvalues else beta
+
+
+@qkvo_rule(GatedDeltaNetConfig)
+def _gated_delta_net(config: GatedDeltaNetConfig, source: AttentionConfig, width: int) -> list[Piece]:
+    """q <- q, k <- k, v <- v, o <- o; it has no biases. Its gate, decay, rate, convolutions and norm are new."""
+    keys = source_heads(config, "heads", config.heads, source)
+    values = source_heads(config, "value_heads", config.value_head_count, source)
+    key_dims, value_dims = (config.head_dim, source.head_dim), (config.value_dim, source.head_dim)
+    return [
+        head_piece("q_proj.weight", "q_proj.weight", keys, key_dims),
+        head_piece("k_proj.weight", "k_proj.weight", key_value_heads(keys, source), key_dims),
+        head_piece("v_proj.weight", "v_proj.weight", key_value_heads(values, source), value_dims),
+        head_piece("o_proj.weight", "o_proj.weight", values, value_dims, axis=1),
+    ]

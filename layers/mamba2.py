@@ -16,9 +16,11 @@ from hybridvl.layers.ops import ssd
 from hybridvl.layers.ops.backend import backend_names, backend_or_auto
 from hybridvl.layers.ops.mamba2_step import mamba2_step
 from hybridvl.layers.ops.ssd import ssd_flops
+from hybridvl.layers.pieces import Piece, head_piece, key_value_heads, qkvo_rule, source_heads
 from hybridvl.layers.registry import register
 from hybridvl.layers.rows import RowMixer, is_step, readable, zero_padding
 from hybridvl.layers.short_conv import ShortConv
+from hybridvl.layers.softmax_attention import AttentionConfig
 from hybridvl.layers.validate import check_types, check_width, expect, expect_at_least, expect_positive
 
 
@@ -40,6 +42,8 @@ class Mamba2Config(MixerConfig):
         A_min, A_max: range of the initial decay rates.
         backend: implementation of the recurrence, and of the convolution where it has it.
     """
+
+    weightless = MixerConfig.weightless | {"dt_min", "dt_max", "dt_floor", "A_min", "A_max"}
 
     expand: int = 2
     head_dim: int = 64
@@ -198,3 +202,25 @@ class Mamba2(Float32Parameters, RowMixer):
         conv = self.conv1d.empty_state(batch, device, dtype)
         shape = (batch, self.sizes[2], self.config.head_dim, self.config.state_dim)
         return Mamba2State(torch.zeros(shape, device=conv.device, dtype=at_least_float32(conv.dtype)), conv)
+
+
+@qkvo_rule(Mamba2Config)
+def _mamba2(config: Mamba2Config, source: AttentionConfig, width: int) -> list[Piece]:
+    """C <- q, B <- k, x <- v, out_proj <- o (arXiv 2408.15237); a group takes what the first of its heads would."""
+    count, inner = config.heads(width), config.expand * width
+    values = source_heads(config, "head_dim", count, source)
+    grouped = values[:: count // config.groups]
+    value_dims, state_dims = (config.head_dim, source.head_dim), (config.state_dim, source.head_dim)
+    after_x = 2 * inner  # rows of in_proj: z, x, B, C, dt
+    parts = (
+        ("v_proj", key_value_heads(values, source), value_dims, inner),
+        ("k_proj", key_value_heads(grouped, source), state_dims, after_x),
+        ("q_proj", grouped, state_dims, after_x + config.groups * config.state_dim),
+    )
+    pieces = [head_piece("out_proj.weight", "o_proj.weight", values, value_dims, axis=1)]
+    for kind in ("weight", *(["bias"] if config.proj_bias and source.qkv_bias else [])):
+        for name, heads, dims, start in parts:
+            pieces.append(head_piece(f"in_proj.{kind}", f"{name}.{kind}", heads, dims, start=start))
+    if config.proj_bias and source.out_bias:
+        pieces.append(Piece("out_proj.bias", "o_proj.bias", range(width), range(width)))
+    return pieces

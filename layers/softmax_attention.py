@@ -14,6 +14,7 @@ from hybridvl.layers.ops import attention
 from hybridvl.layers.ops.attention import attention_flops
 from hybridvl.layers.ops.backend import backend_names, backend_or_auto
 from hybridvl.layers.ops.ring_attention import cached_attention, ring_attention, ring_attention_flops
+from hybridvl.layers.pieces import Piece, head_piece, key_value_heads, qkvo_rule, source_heads
 from hybridvl.layers.rotary import apply_rotary
 from hybridvl.layers.rows import RowMixer, readable, token_counts
 from hybridvl.layers.validate import check_types, check_width, expect, expect_at_least, expect_positive
@@ -34,6 +35,8 @@ class AttentionConfig(MixerConfig):
         norm_eps: epsilon of qk_norm.
         backend: implementation of the attention operator.
     """
+
+    weightless = MixerConfig.weightless | {"rope"}
 
     heads: int = 16
     kv_heads: int = 2
@@ -150,3 +153,20 @@ class Attention(RowMixer):
             o = ring_attention(q, k, v, readable(state.k), readable(state.v), before, backend=backend)
             state.append(k, v, counts)
         return o
+
+
+@qkvo_rule(AttentionConfig)  # type: ignore[type-abstract]
+def _attention(config: AttentionConfig, source: AttentionConfig, width: int) -> list[Piece]:
+    """Attention of another geometry: a key/value head takes what the first of its query heads reads."""
+    queries = source_heads(config, "heads", config.heads, source)
+    grouped = key_value_heads(queries[:: config.heads // config.kv_heads], source)
+    dims = (config.head_dim, source.head_dim)
+    pieces = [head_piece("o_proj.weight", "o_proj.weight", queries, dims, axis=1)]
+    for kind in ("weight", *(["bias"] if config.qkv_bias and source.qkv_bias else [])):
+        for name, heads in (("q_proj", queries), ("k_proj", grouped), ("v_proj", grouped)):
+            pieces.append(head_piece(f"{name}.{kind}", f"{name}.{kind}", heads, dims))
+    if config.out_bias and source.out_bias:
+        pieces.append(Piece("o_proj.bias", "o_proj.bias", range(width), range(width)))
+    if config.qk_norm and source.qk_norm:
+        pieces += [head_piece(name, name, [0], dims) for name in ("q_norm.weight", "k_norm.weight")]
+    return pieces

@@ -21,6 +21,8 @@ class SlidingWindowConfig(AttentionConfig):
         window: tokens W that a query sees, itself included.
     """
 
+    weightless = AttentionConfig.weightless | {"window"}
+
     window: int = 8192
 
     def __post_init__(self) -> None:

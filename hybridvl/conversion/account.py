@@ -11,8 +11,9 @@ from torch import Tensor
 from hybridvl.conversion.ledger import Ledger, runs
 from hybridvl.conversion.report import Counts, Inherited, LayerReport, Report, TensorReport
 from hybridvl.layers import MixerConfig
-from hybridvl.layers.inherit import Piece, same_weights
+from hybridvl.layers.inherit import same_weights
 from hybridvl.layers.parallel import ParallelConfig
+from hybridvl.layers.pieces import Piece
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.pattern import parse_pattern
 

@@ -25,7 +25,8 @@ from hybridvl.conversion.account import account, mixer_prefix, source_name
 from hybridvl.conversion.report import Report
 from hybridvl.conversion.target import source_layers, target_config
 from hybridvl.layers import ConfigError, MixerConfig
-from hybridvl.layers.inherit import Piece, inherit_weights, inherited_pieces, mixer_tensors
+from hybridvl.layers.inherit import inherit_weights, inherited_pieces, mixer_tensors
+from hybridvl.layers.pieces import Piece
 from hybridvl.layers.short_conv import ShortConv
 from hybridvl.models.config import ModelConfig
 from hybridvl.models.vlm import VisionLanguageModel, init_weights

@@ -11,7 +11,7 @@ import pytest
 
 from hybridvl.cli import main
 from hybridvl.layers import MIXERS
-from hybridvl.layers import inherit as rules
+from hybridvl.layers import pieces as rules
 from hybridvl.layers.full import FullAttentionConfig
 
 ROOT = Path(__file__).parents[2]

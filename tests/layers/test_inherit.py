@@ -14,9 +14,10 @@ from torch import Tensor
 from hybridvl.layers import ConfigError, MixerConfig
 from hybridvl.layers.full import FullAttentionConfig
 from hybridvl.layers.gdn import GatedDeltaNetConfig
-from hybridvl.layers.inherit import inherit_weights, inherited_pieces, qkvo_rule, same_weights
+from hybridvl.layers.inherit import inherit_weights, inherited_pieces, same_weights
 from hybridvl.layers.mamba2 import Mamba2Config
 from hybridvl.layers.parallel import ParallelConfig
+from hybridvl.layers.pieces import qkvo_rule
 from hybridvl.layers.swa import SlidingWindowConfig
 
 WIDTH = 12
@@ -218,7 +219,7 @@ def test_unknown_inheritance() -> None:
 
 
 def test_a_mixer_from_elsewhere_brings_its_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hybridvl.layers import inherit as module
+    from hybridvl.layers import pieces as module
 
     monkeypatch.setattr(module, "_RULES", dict(module._RULES))
 
