@@ -119,7 +119,10 @@ def _fill(
     added: list[dict[str, Any]] = []
     for kind, files in given.items():
         shown, left = [part for part in parts if part.get("type") == kind], list(files)
-        for part in shown:
+        for number, part in enumerate(shown):
+            # Some data sets number the parts; an order other than the list's would show the wrong image.
+            if part.pop("index", number) != number:
+                raise ConfigError(f"{place}: the messages show the {kind}s out of order; expected index {number} here")
             if kind in part:
                 part[kind] = _file(part[kind], folder)
             elif left:

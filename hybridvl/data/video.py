@@ -65,6 +65,10 @@ class VideoConfig:
             raise ConfigError(
                 f"videos.min_frames and videos.max_frames: {self.min_frames} and {self.max_frames}; expected min <= max"
             )
+        if self.min_pixels is not None and self.max_pixels is not None and self.min_pixels > self.max_pixels:
+            raise ConfigError(
+                f"videos.min_pixels and videos.max_pixels: {self.min_pixels} and {self.max_pixels}; expected min <= max"
+            )
         if self.sampling not in SAMPLINGS:
             raise ConfigError(f"videos.sampling: {self.sampling!r:.80}; expected one of {', '.join(SAMPLINGS)}")
         if self.convention not in VIDEO_CONVENTIONS:
@@ -98,8 +102,9 @@ class VideoConfig:
     def areas(self, factor: int) -> tuple[int, int, int]:
         """min_pixels, max_pixels and total_pixels where one token stands for factor x factor pixels."""
         area = factor**2
-        high = 768 * area if self.max_pixels is None else self.max_pixels
-        low = min(128 * area, high) if self.min_pixels is None else self.min_pixels
+        # Where one limit is given beyond the other's default, the default gives way.
+        low = min(128 * area, self.max_pixels or 128 * area) if self.min_pixels is None else self.min_pixels
+        high = max(768 * area, int(low * 1.05)) if self.max_pixels is None else self.max_pixels
         return low, high, 115_200 * area if self.total_pixels is None else self.total_pixels
 
     def pixel_limits(self, factor: int, frames: int, temporal_patch_size: int) -> tuple[float, float]:

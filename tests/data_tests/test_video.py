@@ -75,6 +75,7 @@ def test_default_limits_are_those_of_the_published_model():
     assert config.pixel_limits(28, 768, 2) == (100352, 90316800 / 768 * 2)
     assert config.pixel_limits(28, 4000, 2) == (100352, int(100352 * 1.05))
     assert VideoConfig(max_pixels=50000).pixel_limits(28, 4, 2) == (50000, 50000)
+    assert VideoConfig(min_pixels=10**6).pixel_limits(28, 4, 2) == (10**6, 1050000)
     assert VideoConfig(total_pixels=10**6).pixel_limits(28, 10, 2) == (100352, 200000)
 
 
@@ -183,7 +184,8 @@ def test_lists_of_frames():
         ({"min_frames": None}, r"videos\.min_frames: None; expected a whole number from 1"),
         ({"total_pixels": float("inf")}, r"videos\.total_pixels: inf; expected a whole number from 1"),
         ({"convention": "v1"}, r"videos\.convention: 'v1'; expected one of v457, v523"),
-        ({"min_frames": 8, "max_frames": 4}, "expected min <= max"),
+        ({"min_frames": 8, "max_frames": 4}, "min_frames and videos.max_frames: 8 and 4; expected min <= max"),
+        ({"min_pixels": 8, "max_pixels": 4}, "min_pixels and videos.max_pixels: 8 and 4; expected min <= max"),
         ({"sampling": "random"}, "videos.sampling: 'random'; expected one of ends, steps"),
     ],
 )

@@ -140,6 +140,15 @@ def test_rows_show_their_videos(tmp_path):
     row = {"messages": [{"role": "user", "content": [part]}]}
     (shown,) = columns.sample(row, tmp_path, "row 0")["messages"][0]["content"]
     assert shown == {"type": "video", "video": files[0], "fps": 3}
+    numbered = [{"type": "image", "index": 0, "text": None}, {"type": "text", "index": None, "text": "Which?"}]
+    row = {"messages": [{"role": "user", "content": numbered}], "images": ["c.png"]}
+    assert columns.sample(row, tmp_path, "row 0")["messages"][0]["content"] == [
+        {"type": "image", "image": str(tmp_path / "c.png")},
+        {"type": "text", "text": "Which?"},
+    ]
+    numbered[0]["index"] = 1
+    with pytest.raises(ConfigError, match="row 0: the messages show the images out of order; expected index 0 here"):
+        columns.sample(row, tmp_path, "row 0")
     text = {"messages": [{"role": "user", "content": "a <video> tag"}]}
     assert columns.sample(text, tmp_path, "row 0")["messages"] == text["messages"]
     for given in (["a.mp4"], ["a.mp4"] * 3):
