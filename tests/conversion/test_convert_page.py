@@ -13,6 +13,7 @@ from hybridvl.cli import main
 from hybridvl.layers import MIXERS
 from hybridvl.layers import pieces as rules
 from hybridvl.layers.full import FullAttentionConfig
+from hybridvl.layers.inherit import inherited_pieces
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "convert.md").read_text()
@@ -47,7 +48,7 @@ def test_the_rule_of_another_mixer(monkeypatch: pytest.MonkeyPatch) -> None:
         *_, rule = (code for kind, code in BLOCKS if kind == "python")
         exec(rule, {"RetentionConfig": module.RetentionConfig})
         config = module.RetentionConfig(heads=2, head_dim=4)
-        (piece,) = rules.inherited_pieces(config, FullAttentionConfig(heads=2, kv_heads=1, head_dim=4), 8)
+        (piece,) = inherited_pieces(config, FullAttentionConfig(heads=2, kv_heads=1, head_dim=4), 8)
     finally:
         MIXERS.clear()
         MIXERS.update(before)
