@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers.generation.configuration_utils import GenerationConfig
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -271,6 +272,26 @@ class HybridVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
             position_ids = None if position_ids is None else position_ids.repeat_interleave(expand_size, 1)
         inputs = {**rows, **visuals, **others, "position_ids": position_ids}
         return input_ids, {name: value for name, value in inputs.items() if value is not None}
+
+    def _prefill(
+        self,
+        input_ids: Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> CausalLMOutputWithPast:
+        """The first step of `generate`, which takes from the prompt what the cache has not seen."""
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        embeds = model_kwargs.get("inputs_embeds")
+        # `generate` drops a mask of ones and keeps its length.
+        length = getattr(generation_config, "_mask_length", input_ids.shape[1]) if mask is None else mask.shape[1]
+        length = length if embeds is None else embeds.shape[1]
+        if cache is not None and 0 < length <= (seen := cache.get_seq_length()):
+            raise ConfigError(
+                f"past_key_values: has seen {seen} tokens a row, the prompt with its attention_mask has {length}; "
+                "expected those and at least one more"
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)  # type: ignore[misc, arg-type]
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

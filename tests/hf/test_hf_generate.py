@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -109,6 +110,20 @@ def test_a_conversation_goes_on_from_the_returned_cache(case: Case) -> None:
     goes_on = model.generate(ids, attention_mask=mask, past_key_values=first.past_key_values, **options)
     assert torch.equal(goes_on.sequences, afresh.sequences)
     assert goes_on.past_key_values.get_seq_length() == ids.shape[1] + 3
+
+
+def test_a_prompt_must_be_longer_than_what_the_cache_has_seen() -> None:
+    model, ids = Wrapped.wrap(CASES[5].net()), torch.tensor([[1, 2, 3, 4, 5, 6]])
+    with torch.no_grad():
+        cache = model(ids[:, :4], use_cache=True).past_key_values
+    for prompt_ids in (ids[:, :4], ids[:, 4:]):
+        with pytest.raises(ConfigError, match="has seen 4 tokens a row, the prompt with its attention_mask has"):
+            model.generate(prompt_ids, past_key_values=cache, max_new_tokens=2)
+    wanted = model.generate(ids, max_new_tokens=2)[:, 6:]
+    fork = copy.deepcopy(cache)
+    assert torch.equal(model.generate(ids, past_key_values=cache, max_new_tokens=2)[:, 6:], wanted)
+    new = model.generate(ids[:, 4:], attention_mask=torch.ones(1, 6), past_key_values=fork, max_new_tokens=2)
+    assert torch.equal(new[:, 2:], wanted)
 
 
 def test_a_second_turn_shows_a_picture() -> None:
