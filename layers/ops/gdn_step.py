@@ -9,6 +9,8 @@ from torch import Tensor
 from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.ops.backend import resolve_backend
 from hybridvl.layers.ops.checks import check_floating, check_shape, full_precision, internal_dtype
+from hybridvl.layers.ops.conv_step import causal_conv_step, causal_conv_step_reference
+from hybridvl.layers.ops.delta_step import delta_rule_step, delta_rule_step_reference
 
 L2_EPS = 1e-6  # of the unit length of queries and keys, as in `gated_delta_rule`
 
@@ -44,60 +46,41 @@ def gated_delta_net_step(
     S = e^g S; S = S + k (beta (v - k^T S))^T; o = K^-0.5 S^T q with g = -e^A_log softplus(a + dt_bias) and
     beta = sigmoid(b), twice that with negative_eigenvalues; y = rmsnorm(o) norm_weight silu(gate).
     No autograd. Computes in float32 (float64 for float64) and returns y in v's dtype. Nothing is read on the host, and
-    nothing in the shapes depends on data. Backends: "reference", "torch". Raises ConfigError naming a misshapen
-    argument.
+    nothing in the shapes depends on data. Backends: "reference", "torch", "triton" (CUDA).
+    Raises ConfigError naming a misshapen argument.
     """
     _check(q, k, v, gate, a, b, recurrent, (conv_q, conv_k, conv_v), (q_weight, k_weight, v_weight))
-    resolve_backend("gated_delta_net_step", backend, v.device, v.dtype, recurrent.shape[2])
-    heads, value_dim = recurrent.shape[1], recurrent.shape[3]
+    heads, key_dim, value_dim = recurrent.shape[1:]
+    chosen = resolve_backend("gated_delta_net_step", backend, v.device, v.dtype, key_dim, value_dim, 1)
+    if chosen == "triton":
+        from hybridvl.layers.ops.kernels import triton_gdn_step
+
+        return triton_gdn_step.gated_delta_net_step(
+            q, k, v, gate, a, b, recurrent, (conv_q, conv_k, conv_v), (q_weight, k_weight, v_weight), A_log, dt_bias,
+            norm_weight, norm_eps, negative_eigenvalues, L2_EPS
+        )  # fmt: skip
+    plain = chosen == "reference"
+    convolve = causal_conv_step_reference if plain else causal_conv_step
+    rule = delta_rule_step_reference if plain else delta_rule_step
     wide = internal_dtype(v, recurrent)
-    queries, keys, values = (
-        convolve_step(x, state, weight, None)
-        for x, state, weight in ((q, conv_q, q_weight), (k, conv_k, k_weight), (v, conv_v, v_weight))
-    )
-    g = -A_log.to(wide).exp() * F.softplus(a.to(wide) + dt_bias.to(wide))  # (B, H)
-    beta = b.to(wide).sigmoid() * (2 if negative_eigenvalues else 1)
+    key, query = convolve(k, conv_k, k_weight), convolve(q, conv_q, q_weight)
+    pair = torch.stack((key.unflatten(-1, (-1, key_dim)), query.unflatten(-1, (-1, key_dim))), dim=2)  # (B, Hk, 2, K)
+    pair = pair * (pair.square().sum(-1, keepdim=True) + L2_EPS).rsqrt_()
+    g = F.softplus(a.to(wide) + dt_bias.to(wide)) * -A_log.to(wide).exp()  # (B, H)
+    beta = b.to(wide).sigmoid()
     with full_precision(v.device):
-        o = _delta_rule(
-            _unit(queries.unflatten(-1, (-1, recurrent.shape[2]))),
-            _unit(keys.unflatten(-1, (-1, recurrent.shape[2]))),
-            values.unflatten(-1, (heads, value_dim)),
+        o = rule(
+            pair,
+            convolve(v, conv_v, v_weight).unflatten(-1, (heads, value_dim)),
             g,
-            beta,
+            2 * beta if negative_eigenvalues else beta,
             recurrent,
         )
-    o = o * (o.square().mean(-1, keepdim=True) + norm_eps).rsqrt() * norm_weight.to(wide)
+    # The norm divides the scale of q out again: o stays K^0.5 times too large, and so does the root of epsilon.
+    o = o * (o.square().mean(-1, keepdim=True) + norm_eps * key_dim).rsqrt() * norm_weight.to(wide)
     if gate is not None:
         o = o * F.silu(gate.to(wide)).view_as(o)
     return o.flatten(1).to(v.dtype)
-
-
-def convolve_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """SiLU of a causal convolution at one new input x (B, D): (B, D) in float32 or wider.
-
-    state: (B, D, W), the last W inputs, shifted in place; weight: (D, W); bias: (D,).
-    """
-    state.copy_(torch.cat((state[:, :, 1:], x.to(state.dtype).unsqueeze(-1)), dim=-1))
-    wide = internal_dtype(x, state)
-    y = (state.to(wide) * weight.to(wide)).sum(-1)
-    return F.silu(y if bias is None else y + bias.to(wide))
-
-
-def _delta_rule(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
-    """q, k (B, Hk, K), v (B, H, V), g, beta (B, H) and the state (B, H, K, V), updated in place -> o (B, H, V)."""
-    repeats = v.shape[1] // k.shape[1]
-    pair = torch.stack((k, q * k.shape[-1] ** -0.5), dim=2)  # (B, Hk, 2, K)
-    pair = pair.repeat_interleave(repeats, dim=1) if repeats > 1 else pair
-    decay = g.exp()[..., None, None]
-    read = (pair @ state) * decay  # (B, H, 2, V): decayed k^T S and q^T S, before the update
-    change = beta[..., None, None] * (v.unsqueeze(2) - read[:, :, :1])  # (B, H, 1, V)
-    overlap = (pair[:, :, :1] * pair[:, :, 1:]).sum(-1, keepdim=True)  # q . k
-    state.mul_(decay).add_(pair[:, :, :1].mT @ change)
-    return (read[:, :, 1:] + overlap * change).squeeze(2)
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x * (x.square().sum(-1, keepdim=True) + L2_EPS).rsqrt()
 
 
 def _check(

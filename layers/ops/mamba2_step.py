@@ -9,7 +9,8 @@ from torch import Tensor
 from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.ops.backend import resolve_backend
 from hybridvl.layers.ops.checks import check_floating, check_shape, full_precision, internal_dtype
-from hybridvl.layers.ops.gdn_step import convolve_step
+from hybridvl.layers.ops.conv_step import causal_conv_step, causal_conv_step_reference
+from hybridvl.layers.ops.delta_step import FORGETS_ALL
 
 
 @torch.no_grad()
@@ -39,26 +40,53 @@ def mamba2_step(
     x, B, C = silu(conv(channels)); dt = softplus(dt + dt_bias); S = e^(-dt e^A_log) S + dt x B^T;
     y = groupnorm((S C + D x) silu(z)) norm_weight.
     No autograd. Computes in float32 (float64 for float64) and returns y in z's dtype. Nothing is read on the host, and
-    nothing in the shapes depends on data. Backends: "reference", "torch". Raises ConfigError naming a misshapen
-    argument.
+    nothing in the shapes depends on data. Backends: "reference", "torch", "triton" (CUDA).
+    Raises ConfigError naming a misshapen argument.
     """
     _check(z, channels, dt, recurrent, conv, conv_weight, groups)
-    resolve_backend("mamba2_step", backend, z.device, z.dtype, recurrent.shape[3])
     heads, head_dim, state_dim = recurrent.shape[1:]
+    chosen = resolve_backend("mamba2_step", backend, z.device, z.dtype, state_dim, head_dim, 1)
+    if chosen == "triton":
+        from hybridvl.layers.ops.kernels import triton_mamba2_step
+
+        return triton_mamba2_step.mamba2_step(
+            z, channels, dt, recurrent, conv, conv_weight, conv_bias, A_log, dt_bias, D, norm_weight, norm_eps, groups
+        )  # fmt: skip
+    plain = chosen == "reference"
+    convolve, recur = (causal_conv_step_reference, _recur_reference) if plain else (causal_conv_step, _recur)
     wide = internal_dtype(z, recurrent)
-    convolved = convolve_step(channels, conv, conv_weight, conv_bias)
+    convolved = convolve(channels, conv, conv_weight, conv_bias)
     x, b, c = convolved.split((heads * head_dim, groups * state_dim, groups * state_dim), dim=-1)
     x = x.unflatten(-1, (heads, head_dim))
-    b, c = (t.unflatten(-1, (groups, state_dim)).repeat_interleave(heads // groups, dim=1) for t in (b, c))  # (B, H, N)
     step = F.softplus(dt.to(wide) + dt_bias.to(wide))  # (B, H)
-    decay = (-step * A_log.to(wide).exp()).exp()[..., None, None]
     with full_precision(z.device):
-        recurrent.mul_(decay).add_((step.unsqueeze(-1) * x).unsqueeze(-1) @ b.unsqueeze(-2))
-        y = (recurrent @ c.unsqueeze(-1)).squeeze(-1)  # (B, H, P)
-    y = (y + D.to(wide).unsqueeze(-1) * x).flatten(1) * F.silu(z.to(wide))
+        y = recur(
+            x * step.unsqueeze(-1),
+            step * -A_log.to(wide).exp(),
+            b.unflatten(-1, (groups, state_dim)),
+            c.unflatten(-1, (groups, state_dim)),
+            recurrent,
+        )
+    y = torch.addcmul(y, x, D.to(wide).unsqueeze(-1)).flatten(1) * F.silu(z.to(wide))
     y = y.unflatten(-1, (groups, -1))
     y = (y * (y.square().mean(-1, keepdim=True) + norm_eps).rsqrt()).flatten(1) * norm_weight.to(wide)
     return y.to(z.dtype)
+
+
+def _recur(x: Tensor, g: Tensor, b: Tensor, c: Tensor, state: Tensor) -> Tensor:
+    """S = e^g S + x B^T, in place; S C (B, H, P): x (B, H, P), g (B, H), b and c (B, G, N), state (B, H, P, N)."""
+    rows, groups, state_dim = b.shape
+    state.mul_(torch.threshold(g, FORGETS_ALL, -torch.inf).exp_()[..., None, None])
+    grouped = state.view(rows * groups, -1, state_dim)  # (B * G, H / G * P, N)
+    torch.baddbmm(grouped, x.reshape(rows * groups, -1, 1), b.reshape(rows * groups, 1, -1), out=grouped)
+    return torch.bmm(c.reshape(rows * groups, 1, -1), grouped.mT).view(x.shape)
+
+
+def _recur_reference(x: Tensor, g: Tensor, b: Tensor, c: Tensor, state: Tensor) -> Tensor:
+    """The definition; arguments and result of `_recur`."""
+    b, c = (t.repeat_interleave(state.shape[1] // b.shape[1], dim=1) for t in (b, c))  # (B, H, N)
+    state.copy_(state * g.exp()[..., None, None] + x.unsqueeze(-1) @ b.unsqueeze(-2))
+    return (state @ c.unsqueeze(-1)).squeeze(-1)
 
 
 def _check(
