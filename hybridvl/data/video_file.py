@@ -66,13 +66,18 @@ class VideoFile:
         wanted = iter(indices)
         index = next(wanted, None)
         with self._opened() as (container, stream):
+            matrix: list[int] | None = None
             for number, frame in enumerate(container.decode(stream)):
+                if number == 0:
+                    # Of one frame alone: asking for side data makes a frame that is freed late.
+                    matrix = _display_matrix(frame)
                 if index is None:
                     return
                 if number == index:
                     if frame.is_corrupt:
                         raise self._error(f"frame {index} of {self.frames} is damaged")
-                    pixels = _upright(frame)
+                    # In one thread: a forked worker that frees what its parent left would wait for the others for ever.
+                    pixels = _upright(frame.to_ndarray(format="rgb24", threads=1), matrix)
                     while index == number:
                         yield pixels
                         index = next(wanted, None)
@@ -103,14 +108,17 @@ class VideoFile:
         return ConfigError(f"{self._where}: video {self._name} cannot be read: {reason}")
 
 
-def _upright(frame: Any) -> NDArray[np.uint8]:
-    """The pixels of a decoded frame (H, W, 3), turned and mirrored as its display matrix says."""
-    pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
+def _display_matrix(frame: Any) -> list[int] | None:
+    """[a, b, c, d]: the point (x, y) of a frame is to be shown at (a x + c y, b x + d y); None if it is not said."""
     shown = frame.side_data.get("DISPLAYMATRIX")
-    if shown is None:
+    return None if shown is None else np.frombuffer(bytes(shown), np.int32)[[0, 1, 3, 4]].tolist()
+
+
+def _upright(pixels: NDArray[np.uint8], matrix: list[int] | None) -> NDArray[np.uint8]:
+    """Pixels (H, W, 3) turned by quarters and mirrored as a display matrix says."""
+    if matrix is None:
         return pixels
-    # Row by row; the point (x, y) is shown at (a x + c y, b x + d y), of which quarter turns and mirrors are followed.
-    a, b, _, c, d = np.frombuffer(bytes(shown), np.int32)[:5].astype(np.int64).tolist()
+    a, b, c, d = matrix
     if abs(b) + abs(c) > abs(a) + abs(d):
         pixels, a, d = pixels.swapaxes(0, 1), c, b
     return np.ascontiguousarray(pixels[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])

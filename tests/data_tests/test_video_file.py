@@ -1,6 +1,8 @@
 """Tests of hybridvl.data.video_file: every frame of whole files, and what is said of files that are not whole."""
 
+import gc
 import shutil
+from multiprocessing import get_context
 
 import av
 import numpy as np
@@ -64,6 +66,22 @@ def test_a_rotation_is_the_one_that_pyav_names(tmp_path):
         (found,) = VideoFile(path).read([0])
         assert found.shape[1::-1] == size
         np.testing.assert_array_equal(found, upright)
+
+
+def test_a_forked_worker_can_free_what_its_parent_left(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 30, 15, size=(320, 240))
+    gc.collect()
+    gc.disable()
+    try:
+        assert len(list(VideoFile(path).read(range(30)))) == 30
+        worker = get_context("fork").Process(target=gc.collect)
+        worker.start()
+        worker.join(20)
+        code = worker.exitcode
+        worker.kill()
+    finally:
+        gc.enable()
+    assert code == 0
 
 
 def test_sound_beside_the_video_does_not_matter(tmp_path):
