@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hybridvl.layers.ops.gated_norm import gated_rms_norm, rms_norm
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -25,7 +26,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm x (..., width)."""
-        return (self.weight * _normalize(x, self.eps).to(x.dtype)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
         """The width and eps, for print(module)."""
@@ -47,22 +48,9 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """Norm and gate x (..., width)."""
-        wide = at_least_float32(x.dtype)
-        y = x.to(wide)
-        opening = None if gate is None else F.silu(gate.to(wide))
-        if opening is not None and self.gate_first:
-            y = y * opening
-        y = _normalize(y.unflatten(-1, (self.groups, -1)), self.eps).flatten(-2) * self.weight
-        if opening is not None and not self.gate_first:
-            y = y * opening
-        return y.to(x.dtype)
+        return gated_rms_norm(x, gate, self.weight, self.eps, self.groups, self.gate_first)
 
     def extra_repr(self) -> str:
         """The options, for print(module)."""
         order = "gate, then norm" if self.gate_first else "norm, then gate"
         return f"{self.weight.shape[0]}, eps={self.eps}, groups={self.groups}, {order}"
-
-
-def _normalize(x: Tensor, eps: float) -> Tensor:
-    wide = x.to(at_least_float32(x.dtype))
-    return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
