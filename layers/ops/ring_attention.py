@@ -36,7 +36,11 @@ def ring_attention(
     kv_heads = ring_k.shape[2]
     check_shape("ring_attention", "k", k, "(B, T, Hkv, K)", (batch, tokens, kv_heads, dim))
     check_shape("ring_attention", "v", v, "(B, T, Hkv, V)", (batch, tokens, kv_heads, ring_v.shape[3]))
-    chosen = resolve_backend("ring_attention", backend, q.device)
+    chosen = _resolve(backend, q, k, v, ring_k, ring_v)
+    if chosen == "triton":
+        from hybridvl.layers.ops.kernels import triton_ring_attention
+
+        return triton_ring_attention.ring_attention(q, k, v, ring_k, ring_v, length, scale)
     ring_k, ring_v = ring_k.to(k.dtype), ring_v.to(v.dtype)
     if chosen == "reference":
         return _ring_reference(q, k, v, ring_k, ring_v, length, scale)
@@ -55,7 +59,11 @@ def cached_attention(
     naming a misshapen argument.
     """
     _check("cached_attention", q, k, v, length)
-    chosen = resolve_backend("ring_attention", backend, q.device)
+    chosen = _resolve(backend, q, k, v)
+    if chosen == "triton":
+        from hybridvl.layers.ops.kernels import triton_ring_attention
+
+        return triton_ring_attention.cached_attention(q, k, v, length, scale)
     if length.device.type == "cpu" and length.numel():
         used = min(int(length.max()) + q.shape[1], k.shape[1])
         k, v = k[:, :used], v[:, :used]
@@ -63,6 +71,13 @@ def cached_attention(
     asked = length[:, None] + torch.arange(q.shape[1], device=q.device)  # (B, T)
     name = "reference" if chosen == "reference" else "torch"
     return attention(q, k.to(q.dtype), v.to(q.dtype), mask=slot <= asked[..., None], scale=scale, backend=name)
+
+
+def _resolve(backend: str, q: Tensor, k: Tensor, v: Tensor, *cache: Tensor) -> str:
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *cache))
+    return resolve_backend(
+        "ring_attention", backend, q.device, q.dtype, q.shape[3], v.shape[3], q.shape[1], grad, windowed=bool(cache)
+    )
 
 
 def ring_attention_flops(

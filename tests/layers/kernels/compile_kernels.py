@@ -1,0 +1,92 @@
+"""Every Triton kernel compiles for Hopper (sm_90), at the shapes of InfiniteVL-4B and of odd sizes; needs no GPU.
+
+The interpreter lets pass what the compiler refuses. Launches are replaced by compiling for what would have run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from hybridvl.layers.ops.kernels.triton_gated_norm import gated_rms_norm
+from hybridvl.layers.ops.kernels.triton_gdn_step import gated_delta_net_step
+from hybridvl.layers.ops.kernels.triton_mamba2_step import mamba2_step
+from hybridvl.layers.ops.kernels.triton_ring_attention import _attend
+
+HOPPER = GPUTarget("cuda", 90, 32)
+SHARED_BYTES = 227 * 1024  # that a program on Hopper can have
+NAMES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+SCALARS = {bool: "i1", int: "i32", float: "fp32"}
+
+
+def argument_type(value: object) -> str:
+    return NAMES[value.dtype] if isinstance(value, Tensor) else SCALARS[type(value)]
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of the kernels that were compiled instead of launched."""
+    names: list[str] = []
+
+    def build(kernel: JITFunction, *values: object, grid: object, warmup: bool, **options: int) -> None:
+        given = dict(zip(kernel.arg_names, values, strict=True))
+        # As a launch does: absent tensors, and integers that are 1, become constants.
+        fixed = {p.name for p in kernel.params if p.is_constexpr}
+        constants = {name: x for name, x in given.items() if name in fixed or x is None or (type(x) is int and x == 1)}
+        signature = {name: "constexpr" if name in constants else argument_type(x) for name, x in given.items()}
+        done = triton.compile(ASTSource(kernel, signature, constants), target=HOPPER, options=options)
+        assert len(done.asm["cubin"]) > 1000
+        assert done.metadata.shared <= SHARED_BYTES
+        names.append(kernel.__name__)
+
+    monkeypatch.setattr(JITFunction, "run", build)
+    yield names
+    assert names
+
+
+def test_gated_norm(compiled: list[str]) -> None:
+    x = torch.zeros(2, 5120, dtype=torch.bfloat16, requires_grad=True)
+    gated_rms_norm(x, torch.zeros_like(x), torch.ones(5120), 1e-5, 1, True).sum().backward()
+    assert compiled == ["_forward", "_backward"]
+
+
+def test_gated_delta_net_step(compiled: list[str]) -> None:
+    heads, K, V, dtype = 16, 128, 256, torch.bfloat16
+    keys, values = torch.zeros(1, heads * K, dtype=dtype), torch.zeros(1, heads * V, dtype=dtype)
+    convs = tuple(x.new_zeros(*x.shape, 4) for x in (keys, keys, values))
+    a, heads_of = torch.zeros(1, heads, dtype=dtype), torch.zeros(heads)
+    gated_delta_net_step(
+        keys, keys, values, values, a, a, torch.zeros(1, heads, K, V), convs, tuple(x[0] for x in convs), heads_of,
+        heads_of, torch.zeros(V, dtype=dtype), 1e-5, False, 1e-6,
+    )  # fmt: skip
+    assert compiled == ["_rule", "_finish"]
+
+
+def test_mamba2_step(compiled: list[str]) -> None:
+    heads, P, N, dtype = 80, 64, 128, torch.bfloat16
+    inner, of_heads = torch.zeros(1, heads * P, dtype=dtype), torch.zeros(heads)
+    channels = torch.zeros(1, heads * P + 2 * N, dtype=dtype)
+    conv = channels.new_zeros(*channels.shape, 4)
+    mamba2_step(
+        inner, channels, of_heads[None], torch.zeros(1, heads, P, N), conv, conv[0], channels[0], of_heads, of_heads,
+        of_heads, inner[0], 1e-5, 1,
+    )  # fmt: skip
+    assert compiled == ["_scan", "_finish"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "ring", "splits"),
+    [(torch.float32, 1, False, 64), (torch.bfloat16, 256, True, 1)],
+)
+def test_ring_attention(compiled: list[str], dtype: torch.dtype, tokens: int, ring: bool, splits: int) -> None:
+    q, slots_k, slots_v = (torch.zeros(1, n, h, 128, dtype=dtype) for n, h in ((tokens, 16), (8192, 2), (8192, 2)))
+    new = (slots_k[:, :tokens], slots_v[:, :tokens]) if ring else (None, None)
+    _attend(q, *new, slots_k, slots_v, torch.tensor([9000]), None, splits)
+    assert compiled == ["_partial", "_combine"][: 1 + (splits > 1)]
