@@ -1,4 +1,4 @@
-"""Imports go one way: layers.ops <- layers <- pattern, models <- checkpoints <- data, training, inference <- cli."""
+"""Imports go one way: layers.ops <- layers <- pattern, models <- checkpoints <- data, training, inference <- bench <- cli."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ LEVELS = [
     {"data", "hf", "plan"},
     {"inference", "conversion"},
     {"training"},
+    {"bench"},
     {"cli"},
 ]
 ALLOWED_WITHIN_LEVEL = {("models", "pattern")}

@@ -46,7 +46,7 @@ def test_top_help_loads_no_heavy_module() -> None:
         "from hybridvl.cli import main\nsys.argv = ['hybridvl', '--help']\nsys.exit(main())"
     )
     assert not modules & HEAVY
-    for command in ("fit", "validate", "test", "predict", "plan", "generate", "convert", "doctor"):
+    for command in ("fit", "validate", "test", "predict", "plan", "generate", "convert", "bench", "doctor"):
         assert command in printed
 
 

@@ -1,0 +1,145 @@
+"""Records of measurements (`Measurement.to_dict`) as a table for a terminal, Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from hybridvl.bench.stats import Growth
+from hybridvl.plan.units import with_prefix
+
+Record = Mapping[str, Any]
+
+_COLUMNS = "work", "peer", "ours", "its time", "ratio (interval)", "goal", "of matmul, bandwidth", "memory, ours / peer"
+_NONE = "-"
+
+
+def results_table(records: Sequence[Record]) -> Table:
+    """A row for every side: time, ratio to ours, rates and shares of the limits, memory, difference."""
+    table = Table(box=box.ROUNDED)
+    table.add_column("work", overflow="fold", max_width=44)
+    table.add_column("side", overflow="fold")
+    for name in ("ms\n(quartiles)", "side / ours\n(interval)", "FLOP/s", "bytes/s", "tokens/s", "peak\nmemory"):
+        table.add_column(name, justify="right")
+    table.add_column("difference", justify="right")
+    for record in records:
+        for index, side in enumerate(record["sides"]):
+            title = escape(record["title"]) if index == 0 else _coloured_goal(record, side["name"])
+            last = index == len(record["sides"]) - 1
+            table.add_row(title, escape(side["name"]), *_cells(record, side), end_section=last)
+    return table
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """A Markdown table, a row for every pair of ours and another side; shares of the limits are ours."""
+    lines = [f"| {' | '.join(_COLUMNS)} |", "|" + "---|" * len(_COLUMNS)]
+    for record in records:
+        ours, *others = record["sides"]
+        shares = [ours.get(f"{kind}_share_of_limit") for kind in ("flops", "bytes")]
+        share = ", ".join(_NONE if value is None else f"{value:.0%}" for value in shares)
+        for other in others or [None]:
+            cells = [record["title"], _NONE, f"{_ms(ours['median'])} ms", _NONE, _NONE, _NONE, share, _memory(ours)]
+            if other is not None:
+                cells[1], cells[3] = other["name"], f"{_ms(other['median'])} ms"
+                cells[4] = ratio_text(record["ratios"][other["name"]])
+                cells[5] = goal_text(record, other["name"]) or _NONE
+                cells[7] = f"{_memory(ours)} / {_memory(other)}"
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(records: Sequence[Record]) -> str:
+    """One line for every side of every measurement; times in seconds, memory in bytes."""
+    rows = []
+    for record in records:
+        for side in record["sides"]:
+            ratios = record["ratios"].get(side["name"], {})
+            rows.append(
+                {
+                    **{key: record[key] for key in ("case", "dtype", "direction", "device")},
+                    "sizes": " ".join(f"{key}{value}" for key, value in record["sizes"].items()),
+                    **{key: value for key, value in side.items() if key != "seconds"},
+                    **{f"ratio_{key}": value for key, value in ratios.items()},
+                    "difference": _difference(record, side),
+                }
+            )
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def to_json(records: Sequence[Record], machine: Mapping[str, Any], growth: Sequence[Record] = ()) -> str:
+    """Machine, versions, date, every measurement with the seconds of every round, and how cost grows."""
+    return json.dumps({"machine": machine, "results": list(records), "growth": list(growth)}, indent=1) + "\n"
+
+
+def growth_table(rows: Sequence[tuple[str, str, Growth]]) -> Table:
+    """A row for every (work, side): how its time grows with the length."""
+    table = Table(title="growth with length", box=box.ROUNDED)
+    for name in ("work", "side", "time", "largest deviation", "exponent"):
+        table.add_column(name)
+    for work, side, fit in rows:
+        line = f"{1e3 * fit.fixed:.3g} ms + {1e6 * fit.per_unit:.3g} us a token"
+        table.add_row(escape(work), escape(side), line, f"{fit.deviation:.1%}", f"{fit.exponent:.3f}")
+    return table
+
+
+def ratio_text(ratio: Mapping[str, float]) -> str:
+    """ "2.40 (2.31 to 2.52)", with the interval's coverage where it is below 95 %."""
+    level = "" if ratio["level"] >= 0.95 else f", {ratio['level']:.0%}"
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}{level})"
+
+
+def goal_text(record: Record, side: str) -> str:
+    """ "≥ 3.5, met" for the side that the goal is about, else nothing."""
+    if record["goal"] is None or side != record["goal_peer"]:
+        return ""
+    return f"≥ {record['goal']:g}, {'met' if record['goal_met'] else 'missed'}"
+
+
+def _cells(record: Record, side: Mapping[str, Any]) -> list[str]:
+    ratio, difference = record["ratios"].get(side["name"]), _difference(record, side)
+    tokens = side.get("tokens_per_second")
+    return [
+        f"{_ms(side['median'])}\n({_ms(side['quartile_low'])} to {_ms(side['quartile_high'])})",
+        "" if ratio is None else ratio_text(ratio).replace(" (", "\n(", 1),
+        _rate(side, "flops", "FLOP/s"),
+        _rate(side, "bytes", "B/s"),
+        "" if tokens is None else f"{tokens:,.4g}" if tokens < 1000 else f"{tokens:,.0f}",
+        _memory(side),
+        "" if difference is None else f"{difference:.1e}",
+    ]
+
+
+def _coloured_goal(record: Record, side: str) -> str:
+    text = goal_text(record, side)
+    return f"[{'green' if record['goal_met'] else 'red'}]goal {text}[/]" if text else ""
+
+
+def _difference(record: Record, side: Mapping[str, Any]) -> float | None:
+    return max(record["differences"].get(side["name"], {}).values(), default=None)
+
+
+def _rate(side: Mapping[str, Any], kind: str, unit: str) -> str:
+    rate, share = side.get(f"{kind}_per_second"), side.get(f"{kind}_share_of_limit")
+    if rate is None:
+        return ""
+    return with_prefix(rate, unit) + ("" if share is None else f"\n{share:.0%}")
+
+
+def _memory(side: Mapping[str, Any]) -> str:
+    return _NONE if side["peak_bytes"] is None else with_prefix(side["peak_bytes"], "B")
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.4g}"

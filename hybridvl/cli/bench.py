@@ -1,0 +1,270 @@
+"""`hybridvl bench`: our operators and models timed in turns with named peers, after their results were compared."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from hybridvl.bench import report
+from hybridvl.bench.cases import Request
+from hybridvl.bench.catalogue import CASES, find_case
+from hybridvl.bench.machine import Limits, describe, measure_limits
+from hybridvl.bench.model_cases import QWEN3_NEXT, QWEN25, ModelRequest, decode_works, prefill_works, train_work
+from hybridvl.bench.runner import Settings, measure
+from hybridvl.bench.shapes import parse_lengths, parse_shape
+from hybridvl.bench.sides import UnequalWorkError, Work
+from hybridvl.bench.sizes import model_config
+from hybridvl.bench.stats import Growth, growth
+from hybridvl.bench.suite import suite_rows
+from hybridvl.cli.arguments import Arguments
+from hybridvl.cli.bench_arguments import parser
+from hybridvl.cli.mixer_flags import take_mixer_flags
+from hybridvl.layers.errors import ConfigError
+
+_PLAIN_WIDTH = 200  # columns when the output is a file or a pipe
+_FEWEST = 3  # lengths for which growth is told
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure, print the table, write the files; returns 1 when sides that must agree do not. Mistakes are
+    ConfigErrors."""
+    arguments, mixers = take_mixer_flags(["suite" if argument == "--suite" else argument for argument in argv])
+    options = parser(Arguments).parse_args(arguments)
+    if options.what == "ops" and options.list:
+        for case in CASES.values():
+            print(f"{case.name:20}{case.about}; {' '.join(f'{k}{v}' for k, v in case.sizes.items())}")
+        return 0
+    device = _device(options.device)
+    if options.threads is not None:
+        torch.set_num_threads(_positive("--threads", options.threads))
+    settings = Settings(_positive("--rounds", options.rounds or 7), options.warmup, not options.no_memory)
+    run = _Run(settings, device, _console(stderr=True))
+    if options.what == "suite":
+        return _suite(options, run)
+    works = {"ops": _ops, "train": _train, "prefill": _prefill, "decode": _decode}[options.what]
+    try:
+        records = [run.record(work) for work in works(options, mixers)]
+    except UnequalWorkError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    _publish(options, records, run)
+    return 0
+
+
+class _Run:
+    """Measures works, and the machine's limits once for every dtype."""
+
+    def __init__(self, settings: Settings, device: str, console: Console) -> None:
+        self.settings, self.device, self.console = settings, device, console
+        self._limits: dict[str, Limits] = {}
+
+    def record(self, work: Work, settings: Settings | None = None) -> dict[str, Any]:
+        """The measurement as plain values."""
+        with self.console.status(work.title) as status:
+            if work.dtype not in self._limits:
+                self._limits[work.dtype] = measure_limits(getattr(torch, work.dtype), self.device)
+            found = measure(work, settings or self.settings, self._limits[work.dtype], status.update)
+        return found.to_dict()
+
+
+def _ops(options: argparse.Namespace, mixers: dict[str, Any]) -> Iterator[Work]:
+    _no_mixers(mixers)
+    case = find_case(options.case)
+    base = parse_shape(" ".join(options.shape), case.sizes)
+    shapes = [base]
+    if options.lengths:
+        if not case.length:
+            raise ConfigError(f"--lengths: the case {case.name} has no length; its letters are {', '.join(case.sizes)}")
+        shapes = [{**base, case.length: length} for length in parse_lengths(options.lengths, "--lengths")]
+    peers = None if options.peer is None else tuple(peer for peer in options.peer if peer != "none")
+    directions = {"forward": (False,), "backward": (True,), "both": (False, True)}[options.direction]
+    if not case.differentiable:
+        directions = (False,)
+    dtype = getattr(torch, options.dtype)
+    for backward in directions:
+        for sizes in shapes:
+            yield case.build(Request(sizes, dtype, options.device, backward, peers, options.backend, options.decay))
+
+
+def _train(options: argparse.Namespace, mixers: dict[str, Any]) -> Iterator[Work]:
+    yield train_work(_model_request(options, mixers, QWEN3_NEXT))
+
+
+def _prefill(options: argparse.Namespace, mixers: dict[str, Any]) -> Iterator[Work]:
+    return prefill_works(_model_request(options, mixers, QWEN25), parse_lengths(options.contexts, "--contexts"))
+
+
+def _decode(options: argparse.Namespace, mixers: dict[str, Any]) -> Iterator[Work]:
+    return decode_works(_model_request(options, mixers, QWEN25), parse_lengths(options.contexts, "--contexts"))
+
+
+def _model_request(options: argparse.Namespace, mixers: dict[str, Any], named_peer: str) -> ModelRequest:
+    config = model_config(options.pattern, options.width, options.mlp_width, options.vocab, mixers)
+    for peer in options.peer:
+        if peer in (QWEN3_NEXT, QWEN25) and peer != named_peer:
+            raise ConfigError(f"--peer {peer}: not of this command; expected {named_peer}, none or a layer pattern")
+    sizes = {"batch": options.batch, "tokens": options.tokens} if options.what == "train" else {}
+    return ModelRequest(
+        config=config,
+        peers=tuple(peer for peer in options.peer if peer != "none"),
+        dtype=getattr(torch, options.dtype),
+        device=options.device,
+        **{name: _positive(f"--{name}", value) for name, value in sizes.items()},
+        loss_chunk=_positive("--chunk", options.chunk),
+        prefill_chunk=options.chunk,
+    )
+
+
+def _suite(options: argparse.Namespace, run: _Run) -> int:
+    """Measure rows of a suite; rows that are in the folder's file already and not measured now stay as they are."""
+    rows = suite_rows(options.name)
+    if unknown := sorted(set(options.rows) - set(rows)):
+        raise ConfigError(f"--rows {' '.join(unknown)}: unknown; expected some of {', '.join(rows)}")
+    if options.list:
+        print("\n".join(rows))
+        return 0
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{options.name}.json"
+    kept = _kept(path)
+    failed = []
+    for name in options.rows or rows:
+        row = rows[name]
+        settings = Settings(options.rounds or row.rounds, options.warmup, not options.no_memory)
+        try:
+            records = [{**run.record(work, settings), "row": name} for work in row.works()]
+        except UnequalWorkError as error:
+            failed.append(str(error))
+            continue
+        run.console.print(report.results_table(records))
+        machine = describe(run.device)
+        kept[name] = [{**record, "machine": machine} for record in records]
+        found = [record for name in rows for record in kept.get(name, [])]
+        path.write_text(report.to_json(found, machine, _growths(found)[1]), encoding="utf-8")
+        (folder / f"{options.name}.csv").write_text(report.to_csv(found), encoding="utf-8")
+        (folder / f"{options.name}.md").write_text(report.markdown(found), encoding="utf-8")
+        _draw_suite(options.name, found, folder)
+    for message in failed:
+        print(f"error: {message}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _kept(path: Path) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    if path.exists():
+        try:
+            records = json.loads(path.read_text(encoding="utf-8"))["results"]
+            for record in records:
+                found.setdefault(record["row"], []).append(record)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: not the results of a suite; expected none or one to go on with") from error
+    return found
+
+
+def _draw_suite(name: str, records: Sequence[dict[str, Any]], folder: Path) -> None:
+    from hybridvl.bench.plots import draw_growth, draw_ratios
+
+    compared = [record for record in records if record["ratios"]]
+    if compared:
+        draw_ratios(compared, f"suite {name}", folder / f"{name}.png")
+    for group in _by_length(records):
+        draw_growth(group, "T", group[0]["case"], folder / f"{name}-{group[0]['row']}.png")
+
+
+def _publish(options: argparse.Namespace, records: list[dict[str, Any]], run: _Run) -> None:
+    console = _console()
+    rows, fits = _growths(records)
+    machine = describe(run.device)
+    if options.json != "-":
+        console.print(report.results_table(records))
+        if rows:
+            console.print(report.growth_table(rows))
+    texts: dict[str | None, Callable[[], str]] = {
+        options.json: lambda: report.to_json(records, machine, fits),
+        options.csv: lambda: report.to_csv(records),
+        options.markdown: lambda: report.markdown(records),
+    }
+    for path, text in texts.items():
+        if path == "-":
+            print(text(), end="")
+        elif path is not None:
+            _writable(path).write_text(text(), encoding="utf-8")
+    if options.png is not None:
+        from hybridvl.bench.plots import draw_growth, draw_ratios  # matplotlib takes a second to import
+
+        if groups := list(_by_length(records)):
+            name = records[0]["case"]
+            draw_growth([record for group in groups for record in group], "T", name, _writable(options.png))
+        else:
+            draw_ratios(records, f"hybridvl bench {options.what}", _writable(options.png))
+
+
+def _by_length(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Records that differ in their length alone, where there are several."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        others = {key: value for key, value in record["sizes"].items() if key != "T"}
+        key = json.dumps([record.get("row"), record["case"], others, record["dtype"], record["direction"]])
+        groups.setdefault(key, []).append(record)
+    return (group for group in groups.values() if len({record["sizes"].get("T") for record in group}) > 1)
+
+
+def _growths(records: Iterable[dict[str, Any]]) -> tuple[list[tuple[str, str, Growth]], list[dict[str, Any]]]:
+    """How the time of every side grows, where three lengths were measured: for the table, and as plain values."""
+    rows = []
+    for group in _by_length(records):
+        for name in dict.fromkeys(side["name"] for record in group for side in record["sides"]):
+            points = [(r["sizes"]["T"], side["median"]) for r in group for side in r["sides"] if side["name"] == name]
+            if len(points) >= _FEWEST:
+                first = group[0]
+                rows.append(
+                    (
+                        f"{first['case']}, {first['dtype']}, {first['direction']}",
+                        name,
+                        growth(*zip(*points, strict=True)),
+                    )
+                )
+    return rows, [{"work": work, "side": side, **vars(fit)} for work, side, fit in rows]
+
+
+def _console(stderr: bool = False) -> Console:
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=_PLAIN_WIDTH)
+
+
+def _no_mixers(mixers: dict[str, Any]) -> None:
+    if mixers:
+        raise ConfigError(f"--mixer.{next(iter(mixers))}: not of bench ops; expected sizes in --shape")
+
+
+def _device(name: str) -> str:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name!r}: expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: there is no CUDA device; expected cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: expected cpu, cuda or cuda:N")
+    return name
+
+
+def _positive(place: str, value: int) -> int:
+    if value < 1:
+        raise ConfigError(f"{place} {value}: expected at least 1")
+    return value
+
+
+def _writable(path: str) -> Path:
+    """The path of a file to write, its folder made."""
+    if Path(path).is_dir():
+        raise ConfigError(f"{path}: is a folder; expected the name of a file to write")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return Path(path)
