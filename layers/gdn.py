@@ -39,7 +39,7 @@ class GatedDeltaNetConfig(MixerConfig):
         norm_eps: epsilon of the output norm.
         dt_min, dt_max: range of the initial step sizes: at first the state forgets exp(-dt) to exp(-16 dt) a token, and
             training is slow to unlearn that. dt_floor: their least value.
-        backend: implementation of the gated delta rule, and of the convolutions where they have it.
+        backend: implementation of the gated delta rule, of the decode step and of the convolutions where they have it.
     """
 
     weightless = MixerConfig.weightless | {"negative_eigenvalues", "dt_min", "dt_max", "dt_floor"}
@@ -66,7 +66,7 @@ class GatedDeltaNetConfig(MixerConfig):
         expect(self, "value_heads", shared, f"a multiple of heads = {self.heads}, or null")
         whole = float(self.head_dim * self.expand_v).is_integer()
         expect(self, "expand_v", whole, f"a number that gives whole value dims with head_dim = {self.head_dim}")
-        names = backend_names("gated_delta_rule")
+        names = backend_names("gated_delta_rule", "gated_delta_net_step")
         expect(self, "backend", self.backend in names, f"one of {', '.join(names)}")
 
     def weight_options(self) -> dict[str, object]:
@@ -180,7 +180,7 @@ class GatedDeltaNet(Float32Parameters, RowMixer):
             initial_state=None if state is None else readable(state.recurrent),
             qk_l2norm=True,
             cu_seqlens=sequence.cu_seqlens,
-            backend=self.config.backend,
+            backend=backend_or_auto("gated_delta_rule", self.config.backend),
         )
         if state is not None:
             state.recurrent.copy_(final)

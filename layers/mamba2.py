@@ -40,7 +40,7 @@ class Mamba2Config(MixerConfig):
         norm_eps: epsilon of the output norm.
         dt_min, dt_max: range of the initial step sizes; dt_floor: their least value.
         A_min, A_max: range of the initial decay rates.
-        backend: implementation of the recurrence, and of the convolution where it has it.
+        backend: implementation of the recurrence, of the decode step and of the convolution where they have it.
     """
 
     weightless = MixerConfig.weightless | {"dt_min", "dt_max", "dt_floor", "A_min", "A_max"}
@@ -66,7 +66,7 @@ class Mamba2Config(MixerConfig):
         expect_positive(self, "norm_eps", "dt_min", "dt_max", "dt_floor", "A_min", "A_max")
         expect(self, "dt_max", self.dt_max >= self.dt_min, f"at least dt_min = {self.dt_min}")
         expect(self, "A_max", self.A_max >= self.A_min, f"at least A_min = {self.A_min}")
-        names = backend_names("ssd")
+        names = backend_names("ssd", "mamba2_step")
         expect(self, "backend", self.backend in names, f"one of {', '.join(names)}")
 
     def heads(self, width: int) -> int:
@@ -170,7 +170,7 @@ class Mamba2(Float32Parameters, RowMixer):
             D=self.D.to(wide),
             initial_state=None if state is None else readable(state.recurrent),
             cu_seqlens=sequence.cu_seqlens,
-            backend=config.backend,
+            backend=backend_or_auto("ssd", config.backend),
         )
         if state is not None:
             state.recurrent.copy_(final)

@@ -33,7 +33,7 @@ class AttentionConfig(MixerConfig):
         qk_norm: RMSNorm over each head's query and key, before the rotary embedding.
         rope: turn queries and keys by `Sequence.rotary`; false = no positions.
         norm_eps: epsilon of qk_norm.
-        backend: implementation of the attention operator.
+        backend: implementation of attention, and of attention to the cache, where they have it.
     """
 
     weightless = MixerConfig.weightless | {"rope"}
@@ -54,7 +54,7 @@ class AttentionConfig(MixerConfig):
         expect_positive(self, "norm_eps")
         expect(self, "kv_heads", self.heads % self.kv_heads == 0, f"a divisor of heads = {self.heads}")
         expect(self, "head_dim", not self.rope or self.head_dim % 2 == 0, "an even number with rope")
-        names = backend_names("attention")
+        names = backend_names("attention", "ring_attention")
         expect(self, "backend", self.backend in names, f"one of {', '.join(names)}")
 
     @property
@@ -112,7 +112,12 @@ class Attention(RowMixer):
         if state is None:
             # Padding stands right of every real token, so causality alone hides it.
             o = attention(
-                q, k, v, window=self.config.slots_limit, cu_seqlens=sequence.cu_seqlens, backend=self.config.backend
+                q,
+                k,
+                v,
+                window=self.config.slots_limit,
+                cu_seqlens=sequence.cu_seqlens,
+                backend=backend_or_auto("attention", self.config.backend),
             )
         else:
             assert isinstance(state, KeyValueState)

@@ -154,9 +154,9 @@ def resolve_backend(
     return next(backend.name for backend in _BACKENDS[op] if backend.best(work) and backend.unusable(work) is None)
 
 
-def backend_names(op: str) -> tuple[str, ...]:
-    """What the `backend` argument of operator `op` accepts."""
-    return ("auto", *sorted(backend.name for backend in _BACKENDS[op]))
+def backend_names(*ops: str) -> tuple[str, ...]:
+    """What the `backend` argument of an operator accepts; of several, what at least one of them does."""
+    return ("auto", *sorted({backend.name for op in ops for backend in _BACKENDS[op]}))
 
 
 def backend_or_auto(op: str, name: str) -> str:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from hybridvl.layers import MIXERS, Sequence
 from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.ops import attention, causal_conv, gated_delta_rule, ssd
 from hybridvl.layers.ops.backend import backend_names, backend_or_auto, backends_report, resolve_backend
@@ -134,7 +135,25 @@ def test_interpreted_kernels_run_on_a_cpu_when_asked_for(monkeypatch: pytest.Mon
 def test_a_mixer_passes_on_what_its_operators_have() -> None:
     assert backend_or_auto("gated_delta_net_step", "triton") == "triton"
     assert backend_or_auto("gated_delta_net_step", "fla") == "auto"
-    assert {name for op in OPS for name in backend_names(op)} == ALL
+    assert set(backend_names(*OPS)) == ALL
+    assert backend_names("ssd", "mamba2_step") == ("auto", "fla", "reference", "torch", "triton")
+
+
+@pytest.mark.parametrize(
+    ("mixer", "name"), [("gdn", "triton"), ("mamba2", "triton"), ("swa", "triton"), ("full", "flex")]
+)
+def test_a_mixer_takes_the_backends_of_all_its_operators(mixer: str, name: str) -> None:
+    assert MIXERS[mixer](backend=name).backend == name
+    with pytest.raises(ConfigError, match=rf"{mixer}.backend .*one of auto, .*{name}"):
+        MIXERS[mixer](backend="fast")
+
+
+def test_a_backend_of_one_operator_leaves_the_others_alone() -> None:
+    """`triton` has the decode step of Gated DeltaNet, not its delta rule: training runs."""
+    mixer = MIXERS["gdn"](heads=1, head_dim=4, backend="triton").build(8)
+    assert mixer(torch.randn(1, 9, 8), Sequence()).isfinite().all()
+    with pytest.raises(ConfigError, match="gated_delta_net_step: backend 'triton' cannot be used"), torch.no_grad():
+        mixer(torch.randn(1, 1, 8), Sequence(), mixer.init_state(1))
 
 
 @pytest.mark.usefixtures("_fla_installed")
