@@ -54,17 +54,18 @@ def gated_delta_rule(
         from hybridvl.layers.ops.kernels import fla
 
         return fla.gated_delta_rule(q, k, v, g, beta, initial_state, factor, qk_l2norm, cu_seqlens)
-    run = _reference if chosen == "reference" else _torch
+    unit_eps = _L2_EPS if qk_l2norm else None
 
     def segments(tokens: list[Tensor], state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         if state is None:
             rows, heads = tokens[2].shape[0], v.shape[2]
             state = torch.zeros(rows, heads, k.shape[-1], v.shape[-1], dtype=internal_dtype(*tokens), device=v.device)
-        return run(tokens, state, factor)
+        if chosen == "reference" or tokens[2].shape[1] <= _STEPWISE_TOKENS:
+            return _reference(tokens, state, factor, unit_eps)
+        query, key, value, decay, rate = tokens
+        return chunked_recurrence(query, key, value, decay, rate, state, factor, delta=True, unit_eps=unit_eps)
 
     with full_precision(v.device):
-        if qk_l2norm:
-            q, k = _l2norm(q), _l2norm(k)
         if cu_seqlens is None:
             return segments([q, k, v, g, beta], initial_state, None)
         o, final = map_segments(segments, [q, k, v, g, beta], initial_state, cu_seqlens)
@@ -79,18 +80,13 @@ def gated_delta_rule_flops(rows: int, tokens: int, heads: int, key_dim: int, val
     return rows * heads * tokens * 6 * key_dim * value_dim
 
 
-def _torch(tokens: list[Tensor], state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v, g, beta = tokens
-    if v.shape[1] <= _STEPWISE_TOKENS:
-        return _reference(tokens, state, scale)
-    return chunked_recurrence(q, k, v, g, beta, state, scale)
-
-
-def _reference(tokens: list[Tensor], state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _reference(tokens: list[Tensor], state: Tensor, scale: float, unit_eps: float | None) -> tuple[Tensor, Tensor]:
     """The definition, token by token."""
     dtype = internal_dtype(*tokens, state)
     out_dtype = tokens[2].dtype
     q, k, v, g, beta = (x.to(dtype) for x in tokens)
+    if unit_eps is not None:
+        q, k = (x * (x.square().sum(-1, keepdim=True) + unit_eps).rsqrt() for x in (q, k))
     repeats = v.shape[2] // k.shape[2]
     q, k = (x.repeat_interleave(repeats, dim=2) if repeats > 1 else x for x in (q * scale, k))  # (B, T, H, K)
     decay = g.exp()[..., None, None]
@@ -105,11 +101,6 @@ def _reference(tokens: list[Tensor], state: Tensor, scale: float) -> tuple[Tenso
         outputs.append(q[:, t, :, None, :] @ state)
     o = torch.cat(outputs, dim=2).transpose(1, 2) if outputs else v
     return o.to(out_dtype), state
-
-
-def _l2norm(x: Tensor) -> Tensor:
-    x = x.to(internal_dtype(x))
-    return x * (x.square().sum(-1, keepdim=True) + _L2_EPS).rsqrt()
 
 
 def _check(

@@ -44,21 +44,20 @@ def ssd(
         if state is None:
             shape = (tokens[0].shape[0], *x.shape[2:], B.shape[-1])
             state = torch.zeros(shape, dtype=internal_dtype(*tokens, A), device=x.device)
-        return run(tokens, A, state)
+        return run(tokens, A, D, state)
 
     with full_precision(x.device):
         if chosen == "fla" and x.shape[1] > _STEPWISE_TOKENS:
             from hybridvl.layers.ops.kernels import fla
 
             y, final = fla.ssd(x, dt, A, B, C, initial_state, cu_seqlens)
+            y = y if D is None else _with_skip(y, x, D)
         elif cu_seqlens is None:
             y, final = segments([x, dt, B, C], initial_state, None)
         else:
             y, packed_final = map_segments(segments, [x, dt, B, C], initial_state, cu_seqlens)
             assert packed_final is not None
             final = packed_final
-        if D is not None:
-            y = y + D[:, None].to(y.dtype) * x
     return y.to(x.dtype), final
 
 
@@ -69,31 +68,34 @@ def ssd_flops(rows: int, tokens: int, heads: int, head_dim: int, state_dim: int)
     return rows * heads * tokens * 4 * head_dim * state_dim
 
 
-def _torch(tokens: list[Tensor], A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _torch(tokens: list[Tensor], A: Tensor, D: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     x, dt, B, C = tokens
     if x.shape[1] <= _STEPWISE_TOKENS:
-        return _reference(tokens, A, state)
-    dtype = internal_dtype(x, dt, A)
-    dt = dt.to(dtype)
-    y, final = chunked_recurrence(C, B, x.to(dtype) * dt[..., None], dt * A.to(dtype), None, state.mT, 1.0)
+        return _reference(tokens, A, D, state)
+    dt = dt.to(internal_dtype(x, dt, A))
+    y, final = chunked_recurrence(C, B, x, dt * A, dt, state.mT, scale=1.0, delta=False, skip=D)
     return y, final.mT
 
 
-def _reference(tokens: list[Tensor], A: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _reference(tokens: list[Tensor], A: Tensor, D: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     """The definition, token by token."""
     dtype = internal_dtype(*tokens, A, state)
     x, dt, B, C = (t.to(dtype) for t in tokens)
     repeats = x.shape[2] // B.shape[2]
     B, C = (t.repeat_interleave(repeats, dim=2) if repeats > 1 else t for t in (B, C))  # (B, T, H, N)
     decay = (dt * A.to(dtype)).exp()[..., None, None]
-    x = x * dt[..., None]
+    written = x * dt[..., None]
     state = state.to(dtype)
     outputs = []
     for t in range(x.shape[1]):
-        state = state * decay[:, t] + x[:, t, :, :, None] @ B[:, t, :, None, :]  # (B, H, P, N)
+        state = state * decay[:, t] + written[:, t, :, :, None] @ B[:, t, :, None, :]  # (B, H, P, N)
         outputs.append(state @ C[:, t, :, :, None])
     y = torch.cat(outputs, dim=-1).permute(0, 3, 1, 2) if outputs else x
-    return y, state
+    return (y if D is None else _with_skip(y, x, D)), state
+
+
+def _with_skip(y: Tensor, x: Tensor, D: Tensor) -> Tensor:
+    return y + D[:, None].to(y.dtype) * x
 
 
 def _check(

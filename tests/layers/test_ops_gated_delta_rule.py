@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridvl.layers.errors import ConfigError
-from hybridvl.layers.ops import chunked, gated_delta_rule
+from hybridvl.layers.ops import chunked_groups, gated_delta_rule
 from hybridvl.layers.ops.gated_delta_rule import gated_delta_rule_flops
 
 CASES = [name for name in cases() if name.startswith("gdr.")]
@@ -94,7 +94,7 @@ def test_grouped_heads_are_repeated_in_order(backend: str) -> None:
 def test_groups_of_chunks_change_nothing(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = random_inputs(300)
     expected = outputs_and_gradients(partial(gated_delta_rule, backend="reference"), inputs)
-    monkeypatch.setattr("hybridvl.layers.ops.chunked._GROUP_NUMBERS", groups * 1024)
+    monkeypatch.setattr("hybridvl.layers.ops.chunked_groups._GROUP_NUMBERS", groups * 1024)
     assert_close(outputs_and_gradients(gated_delta_rule, inputs), expected, 1e-11)
 
 
@@ -160,8 +160,8 @@ def test_reset_with_long_keys_does_not_overflow() -> None:
 def test_no_decay_is_denormal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products with denormal factors take many times longer; the decays between all pairs of tokens are checked."""
     factors = []
-    exp = chunked._exp
-    monkeypatch.setattr(chunked, "_exp", lambda log: factors.append(exp(log)) or factors[-1])
+    exp = chunked_groups._exp
+    monkeypatch.setattr(chunked_groups, "_exp", lambda log: factors.append(exp(log)) or factors[-1])
     inputs = {name: x.float() for name, x in random_inputs(64).items()}
     inputs["g"][:] = -24.0
     gated_delta_rule(**inputs, backend="torch")

@@ -174,7 +174,7 @@ def test_no_tokens_leave_the_state() -> None:
         ({"B": torch.zeros(2, 10, 3, 8), "C": torch.zeros(2, 10, 3, 8)}, "x has 4 heads, expected a multiple of the 3"),
         ({"D": torch.zeros(4, 6)}, "D has shape (4, 6)"),
         ({"initial_state": torch.zeros(2, 4, 8, 6)}, "initial_state has shape (2, 4, 8, 6)"),
-        ({"backend": "fla"}, "backend 'fla' is unknown; accepted: auto, reference, torch"),
+        ({"backend": "cudnn"}, "backend 'cudnn' is unknown; accepted: auto, fla, reference, torch"),
     ],
 )
 def test_mistakes_are_named(change: dict[str, object], message: str) -> None:

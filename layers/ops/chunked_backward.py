@@ -1,0 +1,112 @@
+"""The backward pass of the chunked recurrences for one group of chunks; formulas and letters as in `chunked`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybridvl.layers.ops.chunked_groups import CHUNK, Group, Workspace, load, store
+
+
+class Gradients(NamedTuple):
+    """Where the gradients of `Tokens` go, each shaped as its input; skip's is added to."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    skip: Tensor | None
+
+
+def group_gradients(group: Group, start: Tensor, do: Tensor, dstate: Tensor, out: Gradients) -> Tensor:
+    """Write a group's gradients into out; return that of the state (B * H, K, V) at its start.
+
+    start: the state there. do: (B, T, H, V) of all outputs. dstate: (B * H, K, V) of the state after the group.
+    """
+    work, q, k, rows = group.work, group.qk[:, :CHUNK], group.qk[:, CHUNK:], group.readers.shape[1]
+    states = _states(group, start)
+    errors, du, dstates = _scan_back(group, do, dstate)
+    # do and, below it, w: the gradient of beta v - beta e^c (k S). Both take the same way back.
+    through = torch.bmm(errors, states[:-1].flatten(0, 1).mT, out=work.tensor("dreaders", *group.readers.shape))
+    mixing = torch.bmm(errors, group.u.mT, out=work.tensor("products", group.u.shape[0], rows, CHUNK))
+    mixing[:, :CHUNK].mul_(group.decay).mul_(group.scale)
+    if group.inverse is not None:
+        mixing[:, CHUNK:].mul_(group.decay).tril_(-1).neg_()
+    dreads = torch.bmm(mixing, k, out=work.tensor("dreads", *group.readers.shape))
+    dq = dreads[:, :CHUNK].addcmul_(through[:, :CHUNK], group.start, value=group.scale)
+    dc = dq_along = _dots(q, dq, work)
+    if group.inverse is None:
+        dbeta, dv = _dots(du, group.v, work), du
+    else:
+        dv, dread = errors[:, CHUNK:], dreads[:, CHUNK:].addcmul_(through[:, CHUNK:], group.start, value=-1)
+        along = _dots(k, dread, work)  # of k as it reads, over beta
+        dbeta = _dots(dv, group.v, work) + along
+        dread_along = along * group.beta
+        dc = dc + dread_along
+        mixing[:, CHUNK:].mul_(group.beta)
+    dv.mul_(group.beta)
+    if group.skip is not None and out.skip is not None:
+        given = errors[:, :CHUNK]  # do
+        dv.addcmul_(given, group.skip)
+        out.skip.add_(_dots(given, group.v, work).view(-1, out.skip.shape[0], CHUNK).sum((0, 2)))
+    # k as it is written: into the state, and into what later tokens of the chunk read.
+    dkeys = torch.bmm(group.u, dstates[1:].flatten(0, 1).mT, out=work.tensor("dkeys", *group.keys.shape))
+    written = torch.bmm(mixing.mT, group.qk[:, :rows], out=work.tensor("written", *group.keys.shape))
+    dk = written.addcmul_(dkeys, group.end)
+    dk_along = _dots(k, dk, work)
+    dc = dc - dk_along
+    dc[:, -1] += torch.mul(states[1:], dstates[1:], out=states[1:]).flatten(0, 1).sum((-1, -2))[:, None]
+    if group.inverse is not None:
+        dk.addcmul_(dread, group.beta)
+        dk_along = dk_along + dread_along
+    if group.norms is not None:
+        dq.addcmul_(q, dq_along, value=-1).mul_(group.norms[:, :CHUNK])
+        dk.addcmul_(k, dk_along, value=-1).mul_(group.norms[:, CHUNK:])
+    dg = dc.squeeze(-1).flip(-1).cumsum(-1).flip(-1)
+    for gradient, target in ((dq, out.q), (dk, out.k), (dv, out.v), (dg, out.g), (dbeta.squeeze(-1), out.beta)):
+        store(gradient, group.span, target)
+    return dstates[0]
+
+
+def _states(group: Group, start: Tensor) -> Tensor:
+    """The states (n + 1, B * H, K, V) around the chunks; fills in u."""
+    work, rows = group.work, start.shape[0]
+    states = work.tensor("states", group.span.chunks + 1, *start.shape)
+    read = work.tensor("read", rows, CHUNK, group.v.shape[2])
+    states[0].copy_(start)
+    for n in range(group.span.chunks):
+        at = slice(n * rows, (n + 1) * rows)
+        if group.inverse is not None:
+            torch.bmm(group.readers[at, CHUNK:], states[n], out=read)
+        group.step(at, states[n], read, out=states[n + 1])
+    return states
+
+
+def _scan_back(group: Group, do: Tensor, dstate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The recurrence in reverse.
+
+    Returns errors (M, 2C, V), do above w = X^T du, or (M, C, V) do alone without the delta rule; du (M, C, V);
+    the gradients (n + 1, B * H, K, V) of the states around the chunks.
+    """
+    work, rows, delta = group.work, dstate.shape[0], group.inverse is not None
+    errors = work.tensor("errors", group.v.shape[0], (1 + delta) * CHUNK, group.v.shape[2])
+    load(do, group.span, errors[:, :CHUNK])
+    du = torch.bmm(group.scores.mT, errors[:, :CHUNK], out=work.tensor("du", *group.v.shape))
+    read = work.tensor("read", rows, CHUNK, group.v.shape[2])
+    dstates = work.tensor("dstates", group.span.chunks + 1, *dstate.shape)
+    dstates[-1].copy_(dstate)
+    for n in reversed(range(group.span.chunks)):
+        at = slice(n * rows, (n + 1) * rows)
+        du[at].add_(torch.bmm(group.keys[at], dstates[n + 1], out=read))
+        if group.inverse is not None:
+            errors[at, CHUNK:].copy_(torch.bmm(group.inverse[at].mT, du[at], out=read))
+        torch.bmm(group.readers[at].mT, errors[at], out=dstates[n]).addcmul_(dstates[n + 1], group.total[at])
+    return errors, du, dstates
+
+
+def _dots(left: Tensor, right: Tensor, work: Workspace) -> Tensor:
+    """Scalar products of rows, (M, C, D) and (M, C, D) to (M, C, 1)."""
+    return torch.mul(left, right, out=work.tensor("product", *left.shape)).sum(-1, keepdim=True)

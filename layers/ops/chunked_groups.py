@@ -1,0 +1,271 @@
+"""Groups of chunks as batches of small matrices: how tokens get in and out, and what needs no state to compute.
+
+M = n * B * H matrices for a group of n chunks of C tokens, chunk by chunk, so that a chunk's matrices lie side by side.
+All of a group's numbers live in buffers that the next group uses again: on a CPU, touching fresh memory costs more than
+the arithmetic on it. Formulas and letters as in `chunked`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 32
+_GROUP_NUMBERS = 1 << 17  # of numbers in a group's largest buffer: small enough for all its buffers to stay in cache
+LOG_ZERO = -40.0  # log decays below this count as -inf: their product would be denormal numbers, which are slow
+_ZERO = 4.3e-18  # just above e^-40
+
+
+class Workspace:
+    """Uninitialised buffers by name, made once and handed out again."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._buffers: dict[str, Tensor] = {}
+
+    def tensor(self, name: str, *shape: int) -> Tensor:
+        """The buffer of a name in a shape, with whatever it holds; the first request decides the capacity."""
+        count = torch.Size(shape).numel()
+        held = self._buffers.get(name)
+        if held is None or held.numel() < count:
+            held = self._buffers[name] = torch.empty(count, dtype=self.dtype, device=self.device)
+        return held[:count].view(shape)
+
+
+class Tokens(NamedTuple):
+    """The arguments of `chunked_recurrence`, the state aside."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    beta: Tensor
+    skip: Tensor | None
+    scale: float
+    delta: bool
+    unit_eps: float | None
+
+
+class Span(NamedTuple):
+    """Consecutive chunks: the first token, and how many chunks; the last may reach beyond the last token."""
+
+    first: int
+    chunks: int
+
+    def matrices(self, rows: int) -> slice:
+        """Its place among the matrices of all chunks, of which each has rows = B * H."""
+        start = self.first // CHUNK * rows
+        return slice(start, start + self.chunks * rows)
+
+
+class Timeline(NamedTuple):
+    """Decays and beta of all chunks, (all M, C, 1) each but for total.
+
+    Attributes:
+        high, low: c as the sum of two numbers, so that differences of large c keep their digits.
+        start: e^c, from the chunk's start to the token. end: e^(c_C - c), from it to the chunk's end.
+        total: (all M, 1, 1) e^(c_C).
+    """
+
+    high: Tensor
+    low: Tensor
+    start: Tensor
+    end: Tensor
+    total: Tensor
+    beta: Tensor
+
+    def of(self, matrices: slice) -> Timeline:
+        """The part of some matrices."""
+        return Timeline(*(x[matrices] for x in self))
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of chunks, loaded, with everything that does not depend on the state.
+
+    Attributes:
+        span: its n chunks. scale: s.
+        qk: (M, 2C, K) q above k. v: (M, C, V). beta: (M, C, 1). skip: (M, 1, 1), None for none.
+        norms: (M, 2C, 1) what q and k were multiplied by to be of unit length, None if they were not.
+        start, end, total: as in `Timeline`.
+        decay: (M, C, C) D, lower triangle, diagonal included. scores: (M, C, C) s lower(q k^T) D.
+        inverse: (M, C, C) X, None without the delta rule.
+        readers: what is multiplied by the state: (M, 2C, K) s e^c q above -beta e^c k, or (M, C, K) s e^c q.
+        keys: (M, C, K) e^(c_C - c) k, which is written into the state.
+        u: (M, C, V), filled in by `step`; without the delta rule, beta v.
+    """
+
+    span: Span
+    scale: float
+    work: Workspace
+    qk: Tensor
+    v: Tensor
+    beta: Tensor
+    skip: Tensor | None
+    norms: Tensor | None
+    start: Tensor
+    end: Tensor
+    total: Tensor
+    decay: Tensor
+    scores: Tensor
+    inverse: Tensor | None
+    readers: Tensor
+    keys: Tensor
+    u: Tensor
+
+    def step(self, at: slice, state: Tensor, read: Tensor, out: Tensor) -> Tensor:
+        """u of one chunk, and into out the state after it, from the state (B * H, K, V) before.
+
+        read: (B * H, C, V) -beta e^c (k S), overwritten; not used without the delta rule.
+        """
+        if self.inverse is not None:
+            read.addcmul_(self.v[at], self.beta[at])
+            torch.bmm(self.inverse[at], read, out=self.u[at])
+        torch.bmm(self.keys[at].mT, self.u[at], out=out)
+        return out.addcmul_(state, self.total[at])
+
+
+def cut(tokens: Tokens) -> list[Span]:
+    """The groups, in order."""
+    batch, time, heads, value_dim = tokens.v.shape
+    chunks = -(-time // CHUNK)
+    numbers = batch * heads * CHUNK * max(tokens.k.shape[-1], value_dim)
+    size = min(max(_GROUP_NUMBERS // numbers, 1), chunks)
+    return [Span(first * CHUNK, min(size, chunks - first)) for first in range(0, chunks, size)]
+
+
+def timeline(tokens: Tokens, dtype: torch.dtype) -> Timeline:
+    """The decays and beta of all tokens."""
+    g = tokens.g
+    batch, time, heads = g.shape
+    chunks = -(-time // CHUNK)
+    everything = Span(0, chunks)
+    # float64 where there is any: differences of long sums keep their digits beside a strong decay.
+    exact = torch.float32 if g.device.type == "mps" else torch.float64
+    c = torch.empty(chunks * batch * heads, CHUNK, 1, dtype=exact, device=g.device)
+    load(g[..., None], everything, c)
+    c = c.clamp_(min=2 * LOG_ZERO).cumsum(1)
+    high = c.to(dtype, copy=True)
+    low = (c - high).to(dtype)
+    start, end, total = (_exp(x.to(dtype, copy=True)) for x in (c, c[:, -1:] - c, c[:, -1:]))
+    beta = torch.empty_like(high)
+    load(tokens.beta[..., None], everything, beta)
+    return Timeline(high, low, start, end, total, beta)
+
+
+def prepare(
+    tokens: Tokens, times: Timeline, span: Span, work: Workspace, inverse: Tensor | None, solved: bool
+) -> Group:
+    """Load a group and compute all that does not depend on the state.
+
+    inverse: (M, C, C) where X is written, or read when it has been solved before; None without the delta rule.
+    """
+    batch, _, heads, value_dim = tokens.v.shape
+    size, key_dim = span.chunks * batch * heads, tokens.k.shape[-1]
+    high, low, start, end, total, beta = times.of(span.matrices(batch * heads))
+    qk = work.tensor("qk", size, 2 * CHUNK, key_dim)
+    q, k = qk[:, :CHUNK], qk[:, CHUNK:]
+    v = work.tensor("v", size, CHUNK, value_dim)
+    for source, target in ((tokens.q, q), (tokens.k, k), (tokens.v, v)):
+        load(source, span, target)
+    norms = None if tokens.unit_eps is None else _normalize(qk, tokens.unit_eps, work)
+    decay = _decay(high, low, work)
+    rows = CHUNK if inverse is None or solved else 2 * CHUNK
+    products = torch.bmm(qk[:, :rows], k.mT, out=work.tensor("products", size, rows, CHUNK))
+    scores = torch.mul(products[:, :CHUNK], decay, out=work.tensor("scores", size, CHUNK, CHUNK)).mul_(tokens.scale)
+    readers = work.tensor("readers", size, CHUNK if inverse is None else 2 * CHUNK, key_dim)
+    torch.mul(q, start * tokens.scale, out=readers[:, :CHUNK])
+    u = work.tensor("u", size, CHUNK, value_dim)
+    if inverse is None:
+        torch.mul(v, beta, out=u)
+    else:
+        if not solved:
+            # Inverted with its decays: without them the inverse of long keys may overflow where resets keep it small.
+            _unit_lower_inverse(products[:, CHUNK:].mul_(decay).mul_(beta).tril_(-1), out=inverse)
+        torch.mul(k, (beta * start).neg_(), out=readers[:, CHUNK:])
+    keys = torch.mul(k, end, out=work.tensor("keys", size, CHUNK, key_dim))
+    skip = None if tokens.skip is None else tokens.skip.to(work.dtype).repeat(size // heads)[:, None, None]
+    return Group(
+        span, tokens.scale, work, qk, v, beta, skip, norms, start, end, total, decay, scores, inverse, readers, keys, u
+    )
+
+
+def load(x: Tensor, span: Span, out: Tensor) -> None:
+    """Copy the tokens of a span of x (B, T, H', ...) into out (M, C, ...): zeros beyond T, heads repeated."""
+    batch, time, heads = x.shape[:3]
+    target = out.unflatten(0, (span.chunks, batch, heads, -1))
+    whole = min((time - span.first) // CHUNK, span.chunks)
+    if whole:
+        target[:whole].copy_(_by_chunk(x, span.first, whole))
+    if whole < span.chunks:
+        rest = x[:, span.first + whole * CHUNK :]  # (B, R, H', ...)
+        target[whole, :, :, :, rest.shape[1] :].zero_()
+        target[whole, :, :, :, : rest.shape[1]].copy_(rest.transpose(1, 2).unsqueeze(2))
+
+
+def store(matrices: Tensor, span: Span, out: Tensor) -> None:
+    """The inverse of `load`, from (M, C, ...) into out (B, T, H', ...); repeated heads are summed."""
+    batch, time, heads = out.shape[:3]
+    source = matrices.unflatten(0, (span.chunks, batch, heads, -1))
+    source = source.sum(3, keepdim=True) if source.shape[3] > 1 else source
+    whole = min((time - span.first) // CHUNK, span.chunks)
+    if whole:
+        _by_chunk(out, span.first, whole).copy_(source[:whole])
+    if whole < span.chunks:
+        rest = out[:, span.first + whole * CHUNK :]
+        rest.copy_(source[whole, :, :, 0, : rest.shape[1]].transpose(1, 2))
+
+
+def _by_chunk(x: Tensor, first: int, whole: int) -> Tensor:
+    """A view (n, B, H', 1, C, ...) of n whole chunks of x (B, T, H', ...)."""
+    chunks = x[:, first : first + whole * CHUNK].unflatten(1, (whole, CHUNK))  # (B, n, C, H', ...)
+    return chunks.permute(1, 0, 3, 2, *range(4, chunks.ndim)).unsqueeze(3)
+
+
+def _normalize(qk: Tensor, eps: float, work: Workspace) -> Tensor:
+    """Bring q and k (M, 2C, K) to unit length in place; the factors (M, 2C, 1)."""
+    squares = torch.mul(qk, qk, out=work.tensor("squares", *qk.shape))
+    norms = squares.sum(-1, keepdim=True).add_(eps).rsqrt_()
+    qk.mul_(norms)
+    return norms
+
+
+def _decay(high: Tensor, low: Tensor, work: Workspace) -> Tensor:
+    """D (M, C, C) from the two halves of c (M, C, 1)."""
+    decay = work.tensor("decay", high.shape[0], CHUNK, CHUNK)
+    # Zeros above the diagonal before exp, which is slow on what overflows, and again after it.
+    torch.sub(high, high.mT, out=decay).add_(low).sub_(low.mT).tril_()
+    return _exp(decay).tril_()
+
+
+def _exp(log: Tensor) -> Tensor:
+    """exp in place, exactly zero far below one; exp itself is slow on large negative numbers."""
+    return F.threshold(log.clamp_(min=LOG_ZERO).exp_(), _ZERO, 0.0, inplace=True)
+
+
+def _unit_lower_inverse(lower: Tensor, out: Tensor) -> Tensor:
+    """(I + lower)^-1 into `out`, for strictly lower triangular matrices (M, C, C), C a power of two.
+
+    Block recursion: the inverse of [[P, 0], [Q, R]] is [[P', 0], [-R' Q P', R']].
+    """
+    size = lower.shape[-1]
+    out.zero_().diagonal(dim1=1, dim2=2).fill_(1)
+    half = 1
+    while half < size:
+        blocks = _diagonal_blocks(out, 2 * half)
+        corner = _diagonal_blocks(lower, 2 * half)[:, :, half:, :half]
+        if half > 1:
+            corner = blocks[:, :, half:, half:] @ corner @ blocks[:, :, :half, :half]
+        torch.neg(corner, out=blocks[:, :, half:, :half])
+        half *= 2
+    return out
+
+
+def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
+    """A view (M, C / size, size, size) of the blocks on the diagonal of (M, C, C)."""
+    grid = matrix.unflatten(2, (-1, size)).unflatten(1, (-1, size))  # (M, n, size, n, size)
+    return grid.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
