@@ -73,8 +73,14 @@ def _splits(programs: int, most: int, multiprocessors: int) -> int:
 
 
 @triton.jit
-def _accumulate(query, key, value, seen, top, total, summed, scale, UPCAST: tl.constexpr):
-    """One block of keys (N, K) and values (N, V) into the running maximum, sum of weights and weighted values."""
+def _accumulate(
+    query, key_at, value_at, inside, seen, top, total, summed, scale,
+    K: tl.constexpr, V: tl.constexpr, KEY_COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Keys (N, K) and values (N, V), rows at the pointers, into the running maximum, sum of weights, weighted values."""
+    column, value_column = tl.arange(0, KEY_COLUMNS)[None, :], tl.arange(0, VALUE_COLUMNS)[None, :]
+    key = tl.load(key_at + column, mask=inside[:, None] & (column < K), other=0.0).to(query.dtype)
+    value = tl.load(value_at + value_column, mask=inside[:, None] & (value_column < V), other=0.0).to(query.dtype)
     if UPCAST:  # the interpreter cannot multiply matrices of bfloat16
         scores = tl.dot(query.to(tl.float32), tl.trans(key).to(tl.float32), input_precision="ieee")
     else:
@@ -119,21 +125,21 @@ def _partial(
     live = tl.minimum(earlier if RING else earlier + end_token, slots)  # slots that a token is in
     if RING and first_token >= slots - 1:
         live = 0  # the window of every query here begins among the new tokens
+    keys_of, values_of = slots_k + row * k_row + kv_head * k_head, slots_v + row * v_row + kv_head * v_head
     share = tl.cdiv(tl.cdiv(live, KEYS), SPLITS) * KEYS
     for start in range(split * share, tl.minimum((split + 1) * share, live), KEYS):
         slot = start + tl.arange(0, KEYS)
         inside = slot < live
         wide = slot.to(tl.int64)[:, None]
-        key_at = slots_k + row * k_row + wide * k_slot + kv_head * k_head + column
-        value_at = slots_v + row * v_row + wide * v_slot + kv_head * v_head + value_column
-        key = tl.load(key_at, mask=inside[:, None] & (column < K), other=0.0).to(q.dtype.element_ty)
-        value = tl.load(value_at, mask=inside[:, None] & (value_column < V), other=0.0).to(q.dtype.element_ty)
+        key_at, value_at = keys_of + wide * k_slot, values_of + wide * v_slot
         if RING:
             age = (earlier - 1 - slot) % slots + 1  # tokens from the slot's to the first new one
             seen = inside[None, :] & (age[None, :] + token[:, None] < slots)
         else:
             seen = inside[None, :] & (slot[None, :] <= earlier + token[:, None])
-        top, total, summed = _accumulate(query, key, value, seen, top, total, summed, scale, UPCAST)
+        top, total, summed = _accumulate(
+            query, key_at, value_at, inside, seen, top, total, summed, scale, K, V, KEY_COLUMNS, VALUE_COLUMNS, UPCAST
+        )
 
     if RING and split == SPLITS - 1:
         oldest = tl.maximum(first_token - slots + 1, 0) // KEYS * KEYS
@@ -141,12 +147,13 @@ def _partial(
             new = start + tl.arange(0, KEYS)
             inside = new < tokens
             new_at = ((row * tokens + new) * KV_HEADS + kv_head)[:, None]
-            key = tl.load(k + new_at * K + column, mask=inside[:, None] & (column < K), other=0.0)
-            value = tl.load(v + new_at * V + value_column, mask=inside[:, None] & (value_column < V), other=0.0)
             back = token[:, None] - new[None, :]
             seen = inside[None, :] & (back >= 0) & (back < slots)
-            key, value = key.to(q.dtype.element_ty), value.to(q.dtype.element_ty)
-            top, total, summed = _accumulate(query, key, value, seen, top, total, summed, scale, UPCAST)
+            key_at, value_at = k + new_at * K, v + new_at * V
+            top, total, summed = _accumulate(
+                query, key_at, value_at, inside, seen, top, total, summed, scale,
+                K, V, KEY_COLUMNS, VALUE_COLUMNS, UPCAST,
+            )  # fmt: skip
 
     divisor = tl.where(total == 0.0, 1.0, total)
     result = summed / divisor[:, None]
