@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.ops.backend import resolve_backend
+from hybridvl.layers.ops.blocked_conv import Span, blocked_conv
 from hybridvl.layers.ops.checks import check_floating, check_segments, check_shape, full_precision, internal_dtype
 from hybridvl.layers.ops.packing import map_segments
 
@@ -34,6 +36,9 @@ def causal_conv(
     """
     _check(x, weight, bias, initial_state, activation, cu_seqlens)
     chosen = resolve_backend("causal_conv", backend, x.device)
+    # A compiler fuses whole sequences itself, and for other devices than a CPU there is no cache to be cut for.
+    if chosen == "torch" and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return blocked_conv(x, weight, bias, initial_state, activation, _spans(x, cu_seqlens))
     run = _reference if chosen == "reference" else _torch
 
     def segments(tokens: list[Tensor], state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -49,6 +54,12 @@ def causal_conv(
     y, final = map_segments(segments, [x], initial_state, cu_seqlens)
     assert final is not None
     return y, final
+
+
+def _spans(x: Tensor, cu_seqlens: Tensor | None) -> list[Span]:
+    if cu_seqlens is None:
+        return [Span(row, 0, x.shape[1]) for row in range(x.shape[0])]
+    return [Span(0, start, stop) for start, stop in itertools.pairwise(cu_seqlens.tolist())]
 
 
 def _reference(inputs: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:

@@ -166,3 +166,59 @@ def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
     arguments: dict[str, object] = {name: x.float() for name, x in random_inputs(10).items()}
     with pytest.raises(ConfigError, match=re.escape(message)):
         causal_conv(**(arguments | change))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("block", [1, 15, 40], ids=lambda block: f"blocks of {block}")
+@pytest.mark.parametrize("segments", [None, (0, 1, 3, 3, 10, 23)], ids=["rows", "packed"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 0.03)]
+)
+@pytest.mark.parametrize(("width", "bias", "activation"), [(4, True, "silu"), (1, False, "silu"), (6, False, None)])
+def test_blocks_of_tokens(
+    block: int,
+    segments: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    tolerance: float,
+    width: int,
+    bias: bool,
+    activation: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Blocks of one token, of some, with ragged ends; segments shorter than the convolution; fresh memory holds NaN."""
+    empty = torch.empty
+    monkeypatch.setattr("hybridvl.layers.ops.blocked_conv._BLOCK", block)
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
+    cu_seqlens = None if segments is None else torch.tensor(segments)
+    inputs = random_inputs(23, 2 if segments is None else 1, width=width)
+    if segments is not None:
+        inputs["initial_state"] = random_inputs(1, len(segments) - 1, width=width, seed=1)["initial_state"]
+    if not bias:
+        del inputs["bias"]
+    expected = outputs_and_gradients(
+        partial(causal_conv, activation=activation, cu_seqlens=cu_seqlens, backend="reference"), inputs
+    )
+    narrow = {name: x.to(dtype) for name, x in inputs.items()}
+    got = outputs_and_gradients(partial(causal_conv, activation=activation, cu_seqlens=cu_seqlens), narrow)
+    assert {x.dtype for x in got.values()} == {dtype}
+    assert_close(got, expected, tolerance)
+
+
+def test_gradient_of_the_output_alone_and_of_the_state_alone() -> None:
+    inputs = {name: x.requires_grad_() for name, x in random_inputs(9).items()}
+    for which in (0, 1):
+        got = torch.autograd.grad(causal_conv(**inputs)[which].square().sum(), list(inputs.values()), allow_unused=True)
+        wanted = torch.autograd.grad(
+            causal_conv(**inputs, backend="reference")[which].square().sum(), list(inputs.values()), allow_unused=True
+        )
+        for name, own, other in zip(inputs, got, wanted, strict=True):
+            expected = torch.zeros_like(own) if other is None else other
+            torch.testing.assert_close(own, expected, rtol=0, atol=1e-12, msg=name)
+
+
+def test_strided_input_is_read_in_place() -> None:
+    wide = torch.randn(2, 11, 12, dtype=torch.float64)
+    inputs = random_inputs(11)
+    y, final = causal_conv(wide[..., 3:8], inputs["weight"])
+    expected, state = causal_conv(wide[..., 3:8].clone(), inputs["weight"], backend="reference")
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    assert torch.equal(final, state)
