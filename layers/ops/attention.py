@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.ops.backend import resolve_backend
+from hybridvl.layers.ops.banded_attention import banded_attention
+from hybridvl.layers.ops.bands import Block, band_blocks
 from hybridvl.layers.ops.checks import check_floating, check_segments, check_shape, full_precision, internal_dtype
 from hybridvl.layers.ops.packing import map_segments
 
 _MAX_BLOCK = 256
 _MIN_BLOCK = 64
+_SHORT = 512  # tokens of a packed segment that is rather attended in a band with others than alone
 
 
 def attention(
@@ -57,13 +63,16 @@ def attention(
     if mask is not None:
         run = _dense if chosen == "reference" else _sdpa
         return run(q, k, v, mask[:, None], factor)
-    causal = _reference if chosen == "reference" else _torch
     if cu_seqlens is None:
+        causal = _reference if chosen == "reference" else _torch
         return causal(q, k, v, window, factor, key_padding_mask)
+
+    if chosen == "torch":
+        return _packed(q, k, v, window, factor, cu_seqlens)
 
     def segments(tokens: list[Tensor], state: Tensor | None, lengths: Tensor) -> tuple[Tensor, None]:
         # Padding stands on the right, where no real query looks.
-        return causal(tokens[0], tokens[1], tokens[2], window, factor, None), None
+        return _reference(tokens[0], tokens[1], tokens[2], window, factor, None), None
 
     return map_segments(segments, [q, k, v], None, cu_seqlens)[0]
 
@@ -76,7 +85,8 @@ def attention_flops(
     if _is_plain_causal(queries, keys, window):
         pairs = queries * keys
     else:
-        pairs = sum((stop - start) * (last - first) for start, stop, first, last in _blocks(queries, keys, window))
+        blocks = _blocks(queries, keys) if window is None else band_blocks(queries, keys, window)
+        pairs = sum((block.stop - block.start) * (block.last - block.first) for block in blocks)
     return 2 * rows * heads * pairs * (key_dim + value_dim)
 
 
@@ -130,26 +140,42 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Te
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, real: Tensor | None) -> Tensor:
-    """Blocks of queries over the slice of keys that they may see."""
+    """The fused causal form where there is one, else blocks of queries over the slice of keys that they may see."""
     queries, keys = q.shape[1], k.shape[1]
     if not queries:
         return q.new_zeros(*q.shape[:3], v.shape[3])
     if real is None and _is_plain_causal(queries, keys, window):
         return _fused(q, k, v, None, scale, causal=True)
-    width = min(window or keys, keys)
-    blocks = _blocks(queries, keys, window)
-    band = _band(max(stop - start for start, stop, _, _ in blocks), width, q.device)
-    # The mask as numbers once, not once a block.
-    bias = torch.zeros(band.shape, dtype=q.dtype, device=q.device).masked_fill_(~band, float("-inf"))
+    if real is None and window is None:
+        return _after_context(q, k, v, scale)
+    return banded_attention(q, k.to(q.dtype), v.to(q.dtype), min(window or keys, keys), scale, real)
+
+
+def _after_context(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Queries at the last of more keys: every block sees all but its own later keys."""
+    blocks = _blocks(q.shape[1], k.shape[1])
+    size, keys = blocks[0].stop, k.shape[1]
+    # The mask as numbers once, not once a block: the block's own keys stand last.
+    bias = torch.zeros(size, keys, dtype=q.dtype, device=q.device)
+    bias[:, keys - size :].masked_fill_(torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1), -math.inf)
     outputs = []
-    for start, stop, first, last in blocks:
-        size = stop - start
-        at = (slice(0, size), slice(width - 1 + size - (last - first), width - 1 + size))
-        block = (q[:, start:stop], k[:, first:last], v[:, first:last])
-        if real is None:
-            outputs.append(_fused(*block, bias[at], scale))
-        else:
-            outputs.append(_sdpa(*block, band[at] & real[:, None, None, first:last], scale))
+    for start, stop, _, last, _ in blocks:
+        at = bias[: stop - start, keys - size + (stop - start) - last : keys - size + (stop - start)]
+        outputs.append(_fused(q[:, start:stop], k[:, :last], v[:, :last], at, scale))
+    return torch.cat(outputs, dim=1)
+
+
+def _packed(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, cu_seqlens: Tensor) -> Tensor:
+    """Short segments side by side in one band; long ones without a window that matters by the fused causal form."""
+    bounds = cu_seqlens.tolist()
+    longest = max(stop - start for start, stop in itertools.pairwise(bounds))
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    if longest <= _SHORT or (window is not None and window < longest):
+        return banded_attention(q, k, v, max(min(window or longest, longest), 1), scale, None, tuple(bounds))
+    outputs = []
+    for start, stop in itertools.pairwise(bounds):
+        at = slice(start, stop)
+        outputs.append(_torch(q[:, at], k[:, at], v[:, at], window, scale, None))
     return torch.cat(outputs, dim=1)
 
 
@@ -157,21 +183,11 @@ def _is_plain_causal(queries: int, keys: int, window: int | None) -> bool:
     return queries == keys and (window is None or window >= keys)
 
 
-def _blocks(queries: int, keys: int, window: int | None) -> list[tuple[int, int, int, int]]:
-    """(first query, last query + 1, first key, last key + 1) of every block of queries."""
-    width = min(window or keys, keys)
-    size = min(max(width, _MIN_BLOCK), _MAX_BLOCK)
-    offset = keys - queries
-    blocks = []
-    for start in range(0, queries, size):
-        stop = min(start + size, queries)
-        blocks.append((start, stop, max(offset + start - width + 1, 0), offset + stop))
-    return blocks
-
-
-def _band(size: int, width: int, device: torch.device) -> Tensor:
-    """(size, width - 1 + size) bool: which keys `size` queries in a row see; key 0 is the first query's earliest."""
-    return torch.ones(size, width - 1 + size, dtype=torch.bool, device=device).tril(width - 1).triu()
+def _blocks(queries: int, keys: int) -> list[Block]:
+    """Blocks of queries over all earlier keys: the more of them, the larger the products."""
+    size = min(max(keys, _MIN_BLOCK), _MAX_BLOCK)
+    starts = range(0, queries, size)
+    return [Block(t, min(t + size, queries), 0, keys - queries + min(t + size, queries)) for t in starts]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor, scale: float) -> Tensor:
