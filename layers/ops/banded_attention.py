@@ -173,7 +173,7 @@ class _Unit:
         return torch.softmax(scores, -1, out=scores)
 
     def _sums(self, sums: tuple[Tensor, Tensor] | None, before: Run | None, run: Run) -> tuple[Tensor, Tensor]:
-        """Sums for the gradients of a run's keys and values, begun with what the run before found for those both share."""
+        """Sums for the gradients of a run's keys and values, begun with what the run before found for both."""
         shape = (self.rows * self.heads, run.last - run.first)
         fresh = tuple(self.k.new_zeros(*shape, x.shape[3], dtype=self.wide) for x in (self.k, self.v))
         if sums is not None and before is not None and before.last > run.first:
