@@ -77,7 +77,7 @@ def _accumulate(
     query, key_at, value_at, inside, seen, top, total, summed, scale,
     K: tl.constexpr, V: tl.constexpr, KEY_COLUMNS: tl.constexpr, VALUE_COLUMNS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Keys (N, K) and values (N, V), rows at the pointers, into the running maximum, sum of weights, weighted values."""
+    """Keys (N, K) and values (N, V), rows at the pointers, into the running maximum, sum of weights and values."""
     column, value_column = tl.arange(0, KEY_COLUMNS)[None, :], tl.arange(0, VALUE_COLUMNS)[None, :]
     key = tl.load(key_at + column, mask=inside[:, None] & (column < K), other=0.0).to(query.dtype)
     value = tl.load(value_at + value_column, mask=inside[:, None] & (value_column < V), other=0.0).to(query.dtype)
@@ -99,20 +99,18 @@ def _accumulate(
 
 @triton.jit
 def _partial(
-    q, k, v, slots_k, slots_v, length, o, logs, scale, tokens, slots,
-    k_row, k_slot, k_head, v_row, v_slot, v_head,
+    q, k, v, slots_k, slots_v, length, o, logs, scale, tokens, slots, k_row, k_slot, k_head, v_row, v_slot, v_head,
     RING: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     SPLITS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, KEY_COLUMNS: tl.constexpr,
     VALUE_COLUMNS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     block, split = tl.program_id(0), tl.program_id(1)
     row, kv_head = (tl.program_id(2) // KV_HEADS).to(tl.int64), tl.program_id(2) % KV_HEADS
-    heads: tl.constexpr = KV_HEADS * GROUP
     index = block * QUERIES + tl.arange(0, QUERIES)
     token, head = index // GROUP, kv_head * GROUP + index % GROUP
     real = token < tokens
     column, value_column = tl.arange(0, KEY_COLUMNS)[None, :], tl.arange(0, VALUE_COLUMNS)[None, :]
-    at = (row * tokens + token) * heads + head
+    at = (row * tokens + token) * (KV_HEADS * GROUP) + head
     query = tl.load(q + at[:, None] * K + column, mask=real[:, None] & (column < K), other=0.0)
     earlier = tl.load(length + row).to(tl.int32)
     first_token = block * QUERIES // GROUP
@@ -130,8 +128,8 @@ def _partial(
     for start in range(split * share, tl.minimum((split + 1) * share, live), KEYS):
         slot = start + tl.arange(0, KEYS)
         inside = slot < live
-        wide = slot.to(tl.int64)[:, None]
-        key_at, value_at = keys_of + wide * k_slot, values_of + wide * v_slot
+        at_slot = slot.to(tl.int64)[:, None]
+        key_at, value_at = keys_of + at_slot * k_slot, values_of + at_slot * v_slot
         if RING:
             age = (earlier - 1 - slot) % slots + 1  # tokens from the slot's to the first new one
             seen = inside[None, :] & (age[None, :] + token[:, None] < slots)
@@ -147,8 +145,7 @@ def _partial(
             new = start + tl.arange(0, KEYS)
             inside = new < tokens
             new_at = ((row * tokens + new) * KV_HEADS + kv_head)[:, None]
-            back = token[:, None] - new[None, :]
-            seen = inside[None, :] & (back >= 0) & (back < slots)
+            seen = (new[None, :] <= token[:, None]) & (token[:, None] - new[None, :] < slots)
             key_at, value_at = k + new_at * K, v + new_at * V
             top, total, summed = _accumulate(
                 query, key_at, value_at, inside, seen, top, total, summed, scale,
@@ -156,13 +153,11 @@ def _partial(
             )  # fmt: skip
 
     divisor = tl.where(total == 0.0, 1.0, total)
-    result = summed / divisor[:, None]
     if SPLITS > 1:
-        count = tl.num_programs(2) // KV_HEADS * tokens * heads  # rows of one split
-        at += split.to(tl.int64) * count
+        at += split.to(tl.int64) * (tl.num_programs(2) * GROUP * tokens)  # rows of one split
         tl.store(logs + at, tl.where(total == 0.0, float("-inf"), top + tl.log2(divisor)), mask=real)
     out_mask = real[:, None] & (value_column < V)
-    tl.store(o + at[:, None] * V + value_column, result.to(o.dtype.element_ty), mask=out_mask)
+    tl.store(o + at[:, None] * V + value_column, (summed / divisor[:, None]).to(o.dtype.element_ty), mask=out_mask)
 
 
 @triton.jit
