@@ -180,29 +180,3 @@ def test_generate_refuses(
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
     assert message in printed
-
-
-def test_doctor_checks_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor", "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["versions"]["torch"] == torch.__version__
-    rows = [row for row in report["backends"] if row["device"] == "cpu"]
-    assert {row["op"] for row in rows} == {"attention", "gated_delta_rule", "ssd", "causal_conv"}
-    assert all(row["passed"] and row["error"] < 1e-5 for row in rows if not row["reason"])
-    assert all(sum(row["chosen"] for row in rows if row["op"] == op) == 1 for op in {row["op"] for row in rows})
-    assert main(["doctor"]) == 0
-    assert "operator backends" in capsys.readouterr().out
-
-
-def test_doctor_finds_a_wrong_backend(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from hybridvl.cli import doctor
-
-    right = doctor.ssd
-    monkeypatch.setattr(doctor, "ssd", lambda *a, backend, **k: _off(right(*a, backend=backend, **k), backend))
-    assert main(["doctor", "--json"]) == 1
-    report = json.loads(capsys.readouterr().out)
-    assert [row["backend"] for row in report["backends"] if not row["passed"]] == ["torch"]
-
-
-def _off(result: tuple[torch.Tensor, torch.Tensor], backend: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return (result[0] * 1.1, result[1]) if backend == "torch" else result

@@ -1,0 +1,182 @@
+"""Every operator's backends against its float64 reference, on small inputs of ragged sizes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hybridvl.layers.ops import attention, causal_conv, gated_delta_rule, ssd
+from hybridvl.layers.ops.backend import BackendChoice, backends_report
+from hybridvl.layers.ops.gated_norm import gated_rms_norm
+from hybridvl.layers.ops.gdn_step import gated_delta_net_step
+from hybridvl.layers.ops.mamba2_step import mamba2_step
+from hybridvl.layers.ops.ring_attention import cached_attention, ring_attention
+
+Run = Callable[[str], list[Tensor]]
+"""Backend -> outputs, and the states that were updated."""
+_Draw = Callable[..., Tensor]
+
+TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 4e-2}
+"""Largest error relative to the largest value: a wrong kernel is off by far more, TF32 on a GPU by less."""
+
+
+@dataclass(frozen=True)
+class BackendCheck:
+    """A backend of an operator on a device.
+
+    reason: why it cannot run there, or what it raised. dtype: that it was checked in. error: largest difference from
+    the float64 reference on the same inputs, relative to its largest value; None when nothing was computed.
+    """
+
+    device: str
+    op: str
+    backend: str
+    chosen: bool
+    reason: str
+    dtype: str | None
+    error: float | None
+    seconds: float | None
+    passed: bool
+
+
+def check_backends(device: str) -> list[BackendCheck]:
+    """Every backend of every operator on a device, in float32, or bfloat16 if it takes no other."""
+    wide = {(row.op, row.backend): row.usable for row in backends_report(device, torch.float32)}
+    checks = []
+    for row in backends_report(device):
+        dtype = torch.float32 if wide[row.op, row.backend] else torch.bfloat16
+        checks.append(_check(row, device, dtype, row.usable or wide[row.op, row.backend]))
+    return checks
+
+
+def operator_run(op: str, device: str, inputs: torch.dtype, dtype: torch.dtype) -> Run:
+    """A small workload of an operator, computed in `dtype` from inputs that were rounded to another one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(inputs).to(device, dtype)
+
+    return _RUNS[op](draw)
+
+
+def _check(row: BackendChoice, device: str, dtype: torch.dtype, usable: bool) -> BackendCheck:
+    if not usable:
+        return BackendCheck(device, row.op, row.backend, row.chosen, row.reason, None, None, None, True)
+    name = str(dtype).removeprefix("torch.")
+    start = time.perf_counter()
+    try:
+        right = operator_run(row.op, device, dtype, torch.float64)("reference")
+        found = operator_run(row.op, device, dtype, dtype)(row.backend)
+        # Not Python's max, which may pass over NaN.
+        error = float(torch.tensor([_error(x, y) for x, y in zip(found, right, strict=True)]).max())
+    except (ImportError, OSError, RuntimeError, AttributeError, TypeError) as problem:  # a package of another version
+        reason = f"failed: {type(problem).__name__}: {str(problem).strip().splitlines()[0] if str(problem) else ''}"
+        return BackendCheck(device, row.op, row.backend, row.chosen, reason, name, None, None, False)
+    seconds = time.perf_counter() - start
+    if not math.isfinite(error):
+        return BackendCheck(device, row.op, row.backend, row.chosen, "computes NaN", name, None, seconds, False)
+    passed = error < TOLERANCES[dtype]
+    return BackendCheck(device, row.op, row.backend, row.chosen, "", name, error, seconds, passed)
+
+
+def _error(found: Tensor, right: Tensor) -> float:
+    return float((found.double() - right).abs().max() / right.abs().max())
+
+
+def _recurrences(draw: _Draw) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v (B, T, H, K) and two rates (B, T, H)."""
+    sizes = (2, 75, 2)
+    return draw(*sizes, 64), draw(*sizes, 64), draw(*sizes, 64), draw(*sizes), draw(*sizes)
+
+
+def _attention(draw: _Draw) -> Run:
+    q, k, v, _, _ = _recurrences(draw)
+    return lambda backend: [attention(q, k, v, window=16, backend=backend)]
+
+
+def _ring_attention(draw: _Draw) -> Run:
+    q, k, v, _, _ = _recurrences(draw)
+    ring_k, ring_v = draw(2, 16, 2, 64), draw(2, 16, 2, 64)
+    length = torch.tensor([21, 9], device=q.device)
+
+    def run(backend: str) -> list[Tensor]:
+        with torch.no_grad():
+            chunk = ring_attention(q, k, v, ring_k, ring_v, length, backend=backend)
+            return [chunk, cached_attention(q[:, :1], ring_k, ring_v, length, backend=backend)]
+
+    return run
+
+
+def _gated_delta_rule(draw: _Draw) -> Run:
+    q, k, v, a, b = _recurrences(draw)
+    return lambda backend: list(
+        gated_delta_rule(q, k, v, F.logsigmoid(a), b.sigmoid(), qk_l2norm=True, backend=backend)
+    )
+
+
+def _ssd(draw: _Draw) -> Run:
+    c, b, x, a, rates = _recurrences(draw)
+    return lambda backend: list(ssd(x, F.softplus(a), -rates[0, 0].exp(), b, c, backend=backend))
+
+
+def _causal_conv(draw: _Draw) -> Run:
+    x, weight = draw(2, 75, 128), draw(128, 4)
+    return lambda backend: list(causal_conv(x, weight, backend=backend))
+
+
+def _gated_rms_norm(draw: _Draw) -> Run:
+    x, gate, weight = draw(5, 75), draw(5, 75), draw(75)
+    return lambda backend: [gated_rms_norm(x, gate, weight, 1e-5, groups=3, backend=backend)]
+
+
+def _gated_delta_net_step(draw: _Draw) -> Run:
+    rows, heads, keys, values, width = 2, 2, 24, 40, 4
+    q, k = draw(rows, heads * keys), draw(rows, heads * keys)
+    v, gate = draw(rows, heads * values), draw(rows, heads * values)
+    cq, ck, cv = (draw(*x.shape, width) for x in (q, k, v))
+    wq, wk, wv = (draw(x.shape[1], width) for x in (q, k, v))
+    a, b, rates, bias, norm = draw(rows, heads), draw(rows, heads), draw(heads), draw(heads), draw(values)
+    state = _wide(draw(rows, heads, keys, values))
+
+    def run(backend: str) -> list[Tensor]:
+        y = gated_delta_net_step(q, k, v, gate, a, b, state, cq, ck, cv, wq, wk, wv, rates, bias, norm, backend=backend)
+        return [y, state, cq, ck, cv]
+
+    return run
+
+
+def _mamba2_step(draw: _Draw) -> Run:
+    rows, heads, dim, states, width = 2, 3, 24, 40, 4
+    z, channels, dt = draw(rows, heads * dim), draw(rows, heads * dim + 2 * states), draw(rows, heads)
+    conv, weight, norm = draw(*channels.shape, width), draw(channels.shape[1], width), draw(heads * dim)
+    rates, bias, skip = draw(heads), draw(heads), draw(heads)
+    state = _wide(draw(rows, heads, dim, states))
+
+    def run(backend: str) -> list[Tensor]:
+        y = mamba2_step(z, channels, dt, state, conv, weight, None, rates, bias, skip, norm, backend=backend)
+        return [y, state, conv]
+
+    return run
+
+
+def _wide(state: Tensor) -> Tensor:
+    """A recurrent state in float32 or wider."""
+    return state.to(torch.promote_types(state.dtype, torch.float32))
+
+
+_RUNS: dict[str, Callable[[_Draw], Run]] = {
+    "attention": _attention,
+    "ring_attention": _ring_attention,
+    "gated_delta_rule": _gated_delta_rule,
+    "ssd": _ssd,
+    "causal_conv": _causal_conv,
+    "gated_rms_norm": _gated_rms_norm,
+    "gated_delta_net_step": _gated_delta_net_step,
+    "mamba2_step": _mamba2_step,
+}
