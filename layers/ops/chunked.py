@@ -13,7 +13,7 @@ the start of every group and recomputes the rest.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from hybridvl.layers.ops.chunked_groups import (
     CHUNK,
     LOG_ZERO,
     Group,
+    Solution,
     Tokens,
     Workspace,
     cut,
@@ -100,9 +101,10 @@ class _Recurrence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, g, beta, skip, state, starts, inverses = ctx.saved_tensors
+        q, k, v, g, beta, skip, state, starts, *solved = ctx.saved_tensors
         tokens = Tokens(q, k, v, g, beta, skip, *ctx.options)
         work = Workspace(starts.dtype, v.device)
+        solution = Solution(*solved) if solved else None
         dskip = None if skip is None else torch.zeros_like(skip, dtype=starts.dtype)
         dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in (q, k, v, g, beta))
         gradients = Gradients(dq, dk, dv, dg, dbeta, dskip)
@@ -110,8 +112,8 @@ class _Recurrence(torch.autograd.Function):
             times = timeline(tokens, work.dtype)
             dstate = dfinal.flatten(0, 1).to(work.dtype)
             for n, span in reversed(list(enumerate(cut(tokens)))):
-                inverse = None if inverses is None else inverses[span.matrices(dstate.shape[0])]
-                group = prepare(tokens, times, span, work, inverse, solved=True)
+                part = None if solution is None else solution.of(span.matrices(dstate.shape[0]))
+                group = prepare(tokens, times, span, work, part, solved=True)
                 dstate = group_gradients(group, starts[n], do, dstate, gradients)
             # A clipped decay is constant: only rounding noise is left of its gradient.
             dg.masked_fill_(g < LOG_ZERO, 0.0)
@@ -119,34 +121,33 @@ class _Recurrence(torch.autograd.Function):
         return dq, dk, dv, dg, dbeta, dstate.view(state.shape).to(state.dtype, copy=True), dskip, None, None, None
 
 
-class _Kept(NamedTuple):
-    """What the backward pass does not compute again: the states (groups, B * H, K, V) before the groups, and all X."""
+def _forward(tokens: Tokens, state: Tensor, keep: bool) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """o, the final state (B, H, K, V), and, if asked to keep it, what the backward pass does not compute again.
 
-    starts: Tensor | None
-    inverses: Tensor | None
-
-
-def _forward(tokens: Tokens, state: Tensor, keep: bool) -> tuple[Tensor, Tensor, _Kept]:
-    """o, the final state (B, H, K, V), and, if asked to keep it, what the backward pass needs."""
-    batch, _, heads, _ = tokens.v.shape
-    rows, spans, inverses = batch * heads, cut(tokens), None
+    Kept are the states (groups, B * H, K, V) before the groups, and of the delta rule the solution of all chunks.
+    """
+    batch, _, heads, width = tokens.v.shape
+    rows, spans, solution = batch * heads, cut(tokens), None
+    kept: tuple[Tensor, ...] = ()
     work = Workspace(internal_dtype(tokens.q, tokens.k, tokens.v, tokens.g, tokens.beta, state), tokens.v.device)
     o = torch.empty_like(tokens.v, memory_format=torch.contiguous_format)
     current = state.flatten(0, 1).to(work.dtype)
-    starts = work.tensor("starts", len(spans), *current.shape) if keep else None
+    if tokens.delta:
+        size = (spans if keep else spans[:1])[-1].matrices(rows).stop
+        solution = Solution(work.tensor("inverse", size, CHUNK, CHUNK), work.tensor("u", size, CHUNK, width))
+    if keep:
+        kept = (work.tensor("starts", len(spans), *current.shape), *(solution or ()))
     with full_precision(tokens.v.device):
         times = timeline(tokens, work.dtype)
-        if tokens.delta:
-            inverses = work.tensor("inverses", (spans if keep else spans[:1])[-1].matrices(rows).stop, CHUNK, CHUNK)
         for n, span in enumerate(spans):
-            if starts is not None:
-                starts[n].copy_(current)
+            if keep:
+                kept[0][n].copy_(current)
             at = span.matrices(rows)
             if not keep:  # the same place for every group
                 at = slice(0, at.stop - at.start)
-            inverse = None if inverses is None else inverses[at]
-            current = _forward_group(prepare(tokens, times, span, work, inverse, solved=False), current, o)
-    return o, current.view(state.shape).clone(), _Kept(starts, inverses)
+            part = None if solution is None else solution.of(at)
+            current = _forward_group(prepare(tokens, times, span, work, part, solved=False), current, o)
+    return o, current.view(state.shape).clone(), kept
 
 
 def _forward_group(group: Group, state: Tensor, o: Tensor) -> Tensor:

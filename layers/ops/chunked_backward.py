@@ -72,16 +72,12 @@ def group_gradients(group: Group, start: Tensor, do: Tensor, dstate: Tensor, out
 
 
 def _states(group: Group, start: Tensor) -> Tensor:
-    """The states (n + 1, B * H, K, V) around the chunks; fills in u."""
-    work, rows = group.work, start.shape[0]
-    states = work.tensor("states", group.span.chunks + 1, *start.shape)
-    read = work.tensor("read", rows, CHUNK, group.v.shape[2])
+    """The states (n + 1, B * H, K, V) around the chunks."""
+    states = group.work.tensor("states", group.span.chunks + 1, *start.shape)
     states[0].copy_(start)
-    for n in range(group.span.chunks):
-        at = slice(n * rows, (n + 1) * rows)
-        if group.inverse is not None:
-            torch.bmm(group.readers[at, CHUNK:], states[n], out=read)
-        group.step(at, states[n], read, out=states[n + 1])
+    torch.bmm(group.keys.mT, group.u, out=states[1:].flatten(0, 1))
+    for before, after, total in zip(states, states[1:], group.total.unflatten(0, (-1, start.shape[0])), strict=False):
+        after.addcmul_(before, total)
     return states
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 32
-_GROUP_NUMBERS = 1 << 17  # of numbers in a group's largest buffer: small enough for all its buffers to stay in cache
+_GROUP_NUMBERS = 1 << 18  # of numbers in a group's largest buffer: small enough for all its buffers to stay in cache
 LOG_ZERO = -40.0  # log decays below this count as -inf: their product would be denormal numbers, which are slow
 _ZERO = 4.3e-18  # just above e^-40
 
@@ -83,6 +83,17 @@ class Timeline(NamedTuple):
         return Timeline(*(x[matrices] for x in self))
 
 
+class Solution(NamedTuple):
+    """What the delta rule solves for: X (M, C, C) and u (M, C, V)."""
+
+    inverse: Tensor
+    u: Tensor
+
+    def of(self, matrices: slice) -> Solution:
+        """The part of some matrices."""
+        return Solution(self.inverse[matrices], self.u[matrices])
+
+
 @dataclass(frozen=True)
 class Group:
     """A group of chunks, loaded, with everything that does not depend on the state.
@@ -96,7 +107,7 @@ class Group:
         inverse: (M, C, C) X, None without the delta rule.
         readers: what is multiplied by the state: (M, 2C, K) s e^c q above -beta e^c k, or (M, C, K) s e^c q.
         keys: (M, C, K) e^(c_C - c) k, which is written into the state.
-        u: (M, C, V), filled in by `step`; without the delta rule, beta v.
+        u: (M, C, V), filled in by `step` unless it has been solved; without the delta rule, beta v.
     """
 
     span: Span
@@ -158,11 +169,11 @@ def timeline(tokens: Tokens, dtype: torch.dtype) -> Timeline:
 
 
 def prepare(
-    tokens: Tokens, times: Timeline, span: Span, work: Workspace, inverse: Tensor | None, solved: bool
+    tokens: Tokens, times: Timeline, span: Span, work: Workspace, solution: Solution | None, solved: bool
 ) -> Group:
     """Load a group and compute all that does not depend on the state.
 
-    inverse: (M, C, C) where X is written, or read when it has been solved before; None without the delta rule.
+    solution: where X, and later u, are written, or read when they have been solved; None without the delta rule.
     """
     batch, _, heads, value_dim = tokens.v.shape
     size, key_dim = span.chunks * batch * heads, tokens.k.shape[-1]
@@ -174,15 +185,16 @@ def prepare(
         load(source, span, target)
     norms = None if tokens.unit_eps is None else _normalize(qk, tokens.unit_eps, work)
     decay = _decay(high, low, work)
-    rows = CHUNK if inverse is None or solved else 2 * CHUNK
+    rows = CHUNK if solution is None or solved else 2 * CHUNK
     products = torch.bmm(qk[:, :rows], k.mT, out=work.tensor("products", size, rows, CHUNK))
     scores = torch.mul(products[:, :CHUNK], decay, out=work.tensor("scores", size, CHUNK, CHUNK)).mul_(tokens.scale)
-    readers = work.tensor("readers", size, CHUNK if inverse is None else 2 * CHUNK, key_dim)
+    readers = work.tensor("readers", size, CHUNK if solution is None else 2 * CHUNK, key_dim)
     torch.mul(q, start * tokens.scale, out=readers[:, :CHUNK])
-    u = work.tensor("u", size, CHUNK, value_dim)
-    if inverse is None:
-        torch.mul(v, beta, out=u)
+    inverse = None
+    if solution is None:
+        u = torch.mul(v, beta, out=work.tensor("u", size, CHUNK, value_dim))
     else:
+        inverse, u = solution
         if not solved:
             # Inverted with its decays: without them the inverse of long keys may overflow where resets keep it small.
             _unit_lower_inverse(products[:, CHUNK:].mul_(decay).mul_(beta).tril_(-1), out=inverse)
