@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from hybridvl.layers.base import State
+from hybridvl.layers.ops.checks import readable_on_host
 
 
 @dataclass
 class KeyValueState(State):
     """Keys (after rotary) and values of the S tokens seen last: token p of a row lies in slot p mod S.
 
-    k, v: (B, S, H, K). length: (B,) int64, real tokens each row has seen; padding is neither stored nor counted.
+    k, v: (B, S, H, K), as `zero_slots` lays them out. length: (B,) int64, real tokens each row has seen; padding is
+    neither stored nor counted.
     """
 
     k: Tensor
@@ -36,6 +38,28 @@ class KeyValueState(State):
 
         Of more than S tokens only the last S are kept.
         """
+        if readable_on_host(self.length) and len(counts):
+            lengths, stored = self.length.tolist(), counts.tolist()
+            if len(set(lengths)) == 1 and len(set(stored)) == 1:
+                self._append_slices(k, v, lengths[0], stored[0])
+                self.length += counts
+                return min(lengths[0] + stored[0], self.slots)
+        self._append_rows(k, v, counts)
+        self.length += counts
+        return self.slots
+
+    def _append_slices(self, k: Tensor, v: Tensor, length: int, count: int) -> None:
+        """Rows of one length and one number of new tokens: one slice of the slots, or two around the ring's end."""
+        kept = min(count, self.slots)
+        slot = (length + count - kept) % self.slots
+        first = min(kept, self.slots - slot)
+        for buffer, new in ((self.k, k), (self.v, v)):
+            buffer[:, slot : slot + first] = new[:, count - kept : count - kept + first]
+            if first < kept:
+                buffer[:, : kept - first] = new[:, count - kept + first : count]
+
+    def _append_rows(self, k: Tensor, v: Tensor, counts: Tensor) -> None:
+        """Any rows, by positions in tensors alone: nothing is read on the host."""
         newest = min(k.shape[1], self.slots)
         offsets = torch.arange(newest, device=k.device)
         source = (counts[:, None] - newest).clamp(min=0) + offsets  # (B, newest), in the new tokens
@@ -45,5 +69,14 @@ class KeyValueState(State):
         for buffer, new in ((self.k, k), (self.v, v)):
             # Padding writes back what its slot holds: shapes stay independent of the data.
             buffer[row, slot] = torch.where(stored, new[row, source].to(buffer.dtype), buffer[row, slot])
-        self.length += counts
-        return self.slots
+
+
+def zero_slots(
+    batch: int, slots: int, heads: int, dim: int, device: torch.device | str | None, dtype: torch.dtype
+) -> Tensor:
+    """Zeros (B, S, H, K) that lie in memory as (B, H, S, K): what a head reads is in one piece.
+
+    Not a transposed view: `State.detach_` works in place.
+    """
+    strides = (heads * slots * dim, dim, slots * dim, 1)
+    return torch.empty_strided((batch, slots, heads, dim), strides, device=device, dtype=dtype).zero_()

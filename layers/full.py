@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hybridvl.layers.cache import KeyValueState
+from hybridvl.layers.cache import KeyValueState, zero_slots
 from hybridvl.layers.registry import register
 from hybridvl.layers.softmax_attention import Attention, AttentionConfig
 
@@ -56,8 +56,9 @@ class FullAttentionState(KeyValueState):
         kept = min(slots, self.slots)
         for name in ("k", "v"):
             old = getattr(self, name)
-            fresh = old.new_zeros(old.shape[0], slots - kept, *old.shape[2:])
-            setattr(self, name, torch.cat((old[:, :kept], fresh), dim=1))
+            fresh = zero_slots(old.shape[0], slots, old.shape[2], old.shape[3], old.device, old.dtype)
+            fresh[:, :kept] = old[:, :kept]
+            setattr(self, name, fresh)
 
 
 class FullAttention(Attention):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hybridvl.layers.base import MixerConfig, Sequence, State
-from hybridvl.layers.cache import KeyValueState
+from hybridvl.layers.cache import KeyValueState, zero_slots
 from hybridvl.layers.norms import RMSNorm
 from hybridvl.layers.ops import attention
 from hybridvl.layers.ops.attention import attention_flops
@@ -130,9 +130,9 @@ class Attention(RowMixer):
         """Zero keys and values (B, slots, kv_heads, K) and lengths (B,)."""
         weight = self.q_proj.weight
         device, dtype = weight.device if device is None else device, dtype or weight.dtype
-        shape = (batch, slots, self.config.kv_heads, self.config.head_dim)
-        length = torch.zeros(batch, dtype=torch.int64, device=device)
-        return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device), length
+        heads, dim = self.config.kv_heads, self.config.head_dim
+        keys, values = (zero_slots(batch, slots, heads, dim, device, dtype) for _ in range(2))
+        return keys, values, torch.zeros(batch, dtype=torch.int64, device=device)
 
     def _project(self, x: Tensor, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor]:
         heads = (-1, self.config.head_dim)

@@ -140,11 +140,12 @@ class _Unit:
                 torch.ops.aten._softmax_backward_data.out(slopes, weights, -1, self.wide, grad_input=slopes)
                 low_slopes = self._narrowed("slopes", slopes)
                 if self.group == 1:
-                    self._add(sums[1][:, at], weights, into, 1.0)
-                    self._add(sums[0][:, at], slopes, query, self.scale)
+                    for_values, for_keys = torch.bmm(weights.mT, into), torch.bmm(slopes.mT, query)
                 else:
-                    self._add(sums[1][:, at], self._narrowed("weights", weights), low_grad, 1.0)
-                    self._add(sums[0][:, at], low_slopes, low_query, self.scale)
+                    weights = self._narrowed("weights", weights)
+                    for_values, for_keys = torch.bmm(weights.mT, low_grad), torch.bmm(low_slopes.mT, low_query)
+                sums[1][:, at].add_(for_values)
+                sums[0][:, at].add_(for_keys, alpha=self.scale)
                 found = self._take("found", self.narrow, *query.shape)
                 torch.baddbmm(found, low_slopes, low_keys[:, at], beta=0, alpha=self.scale, out=found)
                 self._store(found, dq, block)
@@ -181,13 +182,6 @@ class _Unit:
             for total, old in zip(fresh, sums, strict=True):
                 total[:, :shared] = old[:, run.first - before.first :]
         return fresh[0], fresh[1]
-
-    def _add(self, total: Tensor, weights: Tensor, rows: Tensor, factor: float) -> None:
-        """total += factor weights^T rows."""
-        if rows.dtype == self.wide:
-            torch.baddbmm(total, weights.mT, rows, alpha=factor, out=total)
-        else:
-            total.add_(torch.bmm(weights.mT, rows), alpha=factor)
 
     def _flat(self, name: str, x: Tensor) -> Tensor:
         """x (R, n, J, D) as (U, n, D), contiguous."""

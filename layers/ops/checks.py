@@ -16,6 +16,8 @@ from hybridvl.layers.errors import ConfigError
 def check_shape(op: str, name: str, tensor: Tensor, letters: str, sizes: Items[int | None]) -> None:
     """Raise ConfigError unless `tensor` has the given sizes (None = any); `letters` says what they mean."""
     shape = tuple(tensor.shape)
+    if shape == sizes:  # checks run at every token
+        return
     if len(shape) != len(sizes) or any(
         want is not None and got != want for got, want in zip(shape, sizes, strict=True)
     ):
@@ -63,3 +65,8 @@ def full_precision(device: torch.device) -> contextlib.AbstractContextManager[ob
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
+
+
+def readable_on_host(tensor: Tensor) -> bool:
+    """Whether reading values costs no wait for a device and breaks no graph that is being compiled."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

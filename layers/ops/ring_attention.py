@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.ops.attention import attention, attention_flops
 from hybridvl.layers.ops.backend import resolve_backend
-from hybridvl.layers.ops.checks import check_floating, check_shape
+from hybridvl.layers.ops.checks import check_floating, check_shape, readable_on_host
 
 
 def ring_attention(
@@ -64,13 +65,12 @@ def cached_attention(
         from hybridvl.layers.ops.kernels import triton_ring_attention
 
         return triton_ring_attention.cached_attention(q, k, v, length, scale)
-    if length.device.type == "cpu" and length.numel():
-        used = min(int(length.max()) + q.shape[1], k.shape[1])
-        k, v = k[:, :used], v[:, :used]
-    slot = torch.arange(k.shape[1], device=q.device)
-    asked = length[:, None] + torch.arange(q.shape[1], device=q.device)  # (B, T)
-    name = "reference" if chosen == "reference" else "torch"
-    return attention(q, k.to(q.dtype), v.to(q.dtype), mask=slot <= asked[..., None], scale=scale, backend=name)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    if chosen == "reference":
+        return attention(q, k, v, mask=_seen(q, k, length), scale=factor, backend="reference")
+    # A cache in a wider dtype than the queries is not converted at every step: the queries are.
+    wide = torch.promote_types(q.dtype, k.dtype)
+    return _cached_torch(q.to(wide), k.to(wide), v.to(wide), length, factor).to(q.dtype)
 
 
 def _resolve(backend: str, q: Tensor, k: Tensor, v: Tensor, *cache: Tensor) -> str:
@@ -78,6 +78,55 @@ def _resolve(backend: str, q: Tensor, k: Tensor, v: Tensor, *cache: Tensor) -> s
     return resolve_backend(
         "ring_attention", backend, q.device, q.dtype, q.shape[3], v.shape[3], q.shape[1], grad, windowed=bool(cache)
     )
+
+
+def _cached_torch(q: Tensor, k: Tensor, v: Tensor, length: Tensor, scale: float) -> Tensor:
+    tokens = q.shape[1]
+    if readable_on_host(length) and q.numel():
+        starts = length.tolist()
+        if len(set(starts)) == 1:
+            return _after(q, k, v, starts[0], scale)
+        if tokens > 1:
+            rows = [slice(row, row + 1) for row in range(len(starts))]
+            return torch.cat([_after(q[r], k[r], v[r], start, scale) for r, start in zip(rows, starts, strict=True)])
+        used = min(max(starts) + 1, k.shape[1])
+        k, v = k[:, :used], v[:, :used]
+    if tokens == 1:
+        return _all_slots(q, k, v, scale, _seen(q, k, length))
+    return attention(q, k, v, mask=_seen(q, k, length), scale=scale, backend="torch")
+
+
+def _seen(q: Tensor, k: Tensor, length: Tensor) -> Tensor:
+    """(B, T, S) bool: the slots that each query sees."""
+    asked = length[:, None] + torch.arange(q.shape[1], device=q.device)  # (B, T)
+    return torch.arange(k.shape[1], device=q.device) <= asked[..., None]
+
+
+def _after(q: Tensor, k: Tensor, v: Tensor, start: int, scale: float) -> Tensor:
+    """Queries at positions start, start + 1, ... of every row; those at the last slot and beyond it see all slots."""
+    tokens, slots = q.shape[1], k.shape[1]
+    within = min(max(slots - start, 0), tokens)
+    if within == 1 == tokens:
+        return _all_slots(q, k[:, : start + 1], v[:, : start + 1], scale)
+    if within == 0:
+        return _all_slots(q, k, v, scale)
+    end = start + within
+    near = attention(q[:, :within], k[:, :end], v[:, :end], scale=scale, backend="torch")
+    if within == tokens:
+        return near
+    return torch.cat((near, _all_slots(q[:, within:], k, v, scale)), dim=1)
+
+
+def _all_slots(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None = None) -> Tensor:
+    """Queries that see all slots, or those of a mask (B, 1, S). The queries of the heads that share a key head are rows
+    of one product: SDPA, told of grouped heads, would copy the cache once for each."""
+    kv_heads = k.shape[2]
+    rows = q.unflatten(2, (kv_heads, -1)).transpose(1, 2)  # (B, Hkv, T, G, K)
+    mask = None if seen is None else seen[:, None]
+    out = F.scaled_dot_product_attention(
+        rows.flatten(2, 3), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale
+    )
+    return out.unflatten(2, rows.shape[2:4]).transpose(1, 2).flatten(2, 3)
 
 
 def ring_attention_flops(
@@ -139,7 +188,7 @@ def _first(tokens: int, window: int) -> int:
 def _in_order(ring_k: Tensor, ring_v: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """The ring's last W - 1 tokens or fewer, oldest first, and a mask (B, E) of those that are real (None = all)."""
     window = ring_k.shape[1]
-    if length.device.type == "cpu":
+    if readable_on_host(length):
         known = set(length.tolist())
         if len(known) == 1:
             end, count = (known_length := known.pop()) % window, min(known_length, window - 1)
