@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,6 +57,14 @@ def check_backends(device: str) -> list[BackendCheck]:
     return checks
 
 
+def kernel_errors() -> tuple[type[Exception], ...]:
+    """What a kernel that is broken, or a package of another version, raises."""
+    errors: list[type[Exception]] = [ImportError, OSError, RuntimeError, AttributeError, TypeError]
+    if "triton" in sys.modules:
+        errors.append(importlib.import_module("triton.errors").TritonError)
+    return tuple(errors)
+
+
 def operator_run(op: str, device: str, inputs: torch.dtype, dtype: torch.dtype) -> Run:
     """A small workload of an operator, computed in `dtype` from inputs that were rounded to another one."""
     generator = torch.Generator().manual_seed(0)
@@ -75,7 +85,7 @@ def _check(row: BackendChoice, device: str, dtype: torch.dtype, usable: bool) ->
         found = operator_run(row.op, device, dtype, dtype)(row.backend)
         # Not Python's max, which may pass over NaN.
         error = float(torch.tensor([_error(x, y) for x, y in zip(found, right, strict=True)]).max())
-    except (ImportError, OSError, RuntimeError, AttributeError, TypeError) as problem:  # a package of another version
+    except kernel_errors() as problem:
         reason = f"failed: {type(problem).__name__}: {str(problem).strip().splitlines()[0] if str(problem) else ''}"
         return BackendCheck(device, row.op, row.backend, row.chosen, reason, name, None, None, False)
     seconds = time.perf_counter() - start
