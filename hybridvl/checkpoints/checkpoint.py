@@ -148,7 +148,7 @@ def _download(hub_id: str) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
     except (OSError, ValueError) as error:  # the hub's own errors are OSErrors or ValueErrors
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         local = hub_id.split("/")[1]
         raise ConfigError(
             f"{hub_id}: no such folder, and not to be had from the hub: {reason}; where there is a network, run "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from hybridvl.layers import ConfigError
 
 _SHOWN = 120  # characters of a path that an error message repeats when the path is too long
+_TEMPORARY = re.compile(r"\..+\.([1-9][0-9]{0,8})\.tmp", re.DOTALL)  # what `write_files` writes under first
 
 
 def usable_path(path: str | Path) -> Path:
@@ -57,13 +59,15 @@ def write_files(folder: Path, files: Mapping[str, Callable[[Path], object]], sta
 
     The data reach the disk before the names do, and `stale` files go last. A name that is a link becomes a file of its
     own: what the link points to stays as it is. Raises ConfigError when anything cannot be written: a full disk, or a
-    folder that has the name of a file, shows while no name has changed yet, and all files are as they were.
+    folder that has the name of a file, shows while no name has changed yet, and all files are as they were. What
+    processes that were killed while they wrote have left behind in the folder is removed.
     """
     temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
     stale = list(stale)
     current = folder / next(iter(files))
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(folder)
         for path in (folder / name for name in (*files, *stale)):
             if path.is_dir() and not path.is_symlink():
                 raise ConfigError(f"{path}: is a folder; expected a file, or nothing there")
@@ -88,6 +92,26 @@ def write_files(folder: Path, files: Mapping[str, Callable[[Path], object]], sta
 def text_writer(text: str) -> Callable[[Path], object]:
     """A function for `write_files` that writes a text."""
     return lambda path: path.write_bytes(text.encode("utf-8"))
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that are no more."""
+    for path in folder.iterdir():
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is not None and not _is_running(int(found[1])):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _is_running(process: int) -> bool:
+    """Whether a process of this number is there, anybody's."""
+    try:
+        os.kill(process, 0)  # signal 0 only asks
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _flush(path: Path) -> None:

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from hybridvl.checkpoints.checkpoint import Checkpoint
+from hybridvl.checkpoints.checkpoint import EMBEDDING, Checkpoint
 from hybridvl.checkpoints.files import text_writer
 from hybridvl.checkpoints.tensor_files import INDEX, StoredTensor
 from hybridvl.checkpoints.tensor_writing import make_header, tensors_writer
@@ -112,7 +112,7 @@ def _with_size(index: str, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _with_dtype(config_text: str, tensors: Mapping[str, Tensor]) -> str:
-    dtype = str(tensors["decoder.embed_tokens.weight"].dtype).removeprefix("torch.")
+    dtype = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
 
     def replaced(values: dict[str, Any]) -> dict[str, Any]:
         inner = {key: replaced(value) if isinstance(value, dict) else value for key, value in values.items()}

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hybridvl.checkpoints.checkpoint import EMBEDDING
 from hybridvl.checkpoints.comparison import lost_options
 from hybridvl.checkpoints.files import text_writer, usable_path, write_files
 from hybridvl.checkpoints.formats import FORMATS, Format
@@ -83,7 +84,7 @@ def _writers(
     """The files of a model in the layout of transformers."""
     values = config_values(format, model.config)
     if format.dtype_key is not None:
-        dtype = tensors["decoder.embed_tokens.weight"].dtype
+        dtype = tensors[EMBEDDING].dtype
         values = {**values, format.dtype_key: str(dtype).removeprefix("torch.")}
     shards = split_shards({format.theirs(name): tensor for name, tensor in tensors.items()}, max_shard_size)
     files: dict[str, Callable[[Path], object]] = {}

@@ -19,7 +19,7 @@ from hybridvl.cli.arguments import Arguments
 from hybridvl.cli.mixer_flags import take_mixer_flags
 from hybridvl.cli.output import table_console, writable, write_json
 from hybridvl.conversion import Report, prepare
-from hybridvl.conversion.output import check_folder, write_folder
+from hybridvl.conversion.output import check_folder, check_report, write_folder
 from hybridvl.conversion.tables import detail_tables, layer_table, summary
 from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.inherit import INHERIT
@@ -43,8 +43,12 @@ def main(argv: Sequence[str]) -> int:
         mixers[name] = {**_mapping(mixers.get(name, {}), f"{options.mixers}: {name}"), **given}
     layers = None if options.layers is None else _layer_numbers(options.layers)
     checkpoint = open_checkpoint(options.source)
+    folders = [checkpoint.folder]
     if options.out is not None:
         check_folder(Path(options.out), checkpoint.folder, options.force)
+        folders.append(Path(options.out))
+    if options.json not in (None, "-"):
+        check_report(Path(options.json), folders)
     conversion = prepare(checkpoint, options.pattern, options.inherit, mixers, layers)
     config_values(FORMATS[options.format], conversion.config)  # before any work: can the format express it?
     if options.json != "-":

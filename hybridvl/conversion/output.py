@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from hybridvl.checkpoints.files import usable_path
 from hybridvl.checkpoints.saving import SIDE_FILES, write_model
+from hybridvl.checkpoints.tensor_files import INDEX
 from hybridvl.layers import ConfigError
 from hybridvl.models.vlm import VisionLanguageModel
 
@@ -20,6 +22,14 @@ def check_folder(folder: Path, source: Path, force: bool = False) -> None:
         raise ConfigError(f"{folder}: is the source itself; expected another folder")
     if folder.exists() and any(folder.iterdir()) and not force:
         raise ConfigError(f"{folder}: is not empty; expected a new or empty folder, or --force to replace its model")
+
+
+def check_report(path: Path, folders: Iterable[Path]) -> None:
+    """Raise ConfigError for a report that would be written in the place of a model's file in one of the folders."""
+    place = path.resolve()
+    models = place.suffix == ".safetensors" or place.name in ("config.json", INDEX, *SIDE_FILES)
+    if models and place.parent in [folder.resolve() for folder in folders]:
+        raise ConfigError(f"--json: {path} is a file of the model; expected another name for the report")
 
 
 def write_folder(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -84,6 +88,26 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         write_files(tmp_path, {"a": text_writer("whole"), "b": fail})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_has_left_goes(tmp_path: Path) -> None:
+    """The next save removes it, also of files that it does not write itself; those of running processes stay."""
+    kill = f"""
+import os
+from pathlib import Path
+from hybridvl.checkpoints.files import write_files
+def write(path):
+    path.write_text("half")
+    os.kill(os.getpid(), {int(signal.SIGKILL)})
+write_files(Path({str(tmp_path)!r}), {{"model-00007-of-00009.safetensors": write}})
+"""
+    assert subprocess.run([sys.executable, "-c", kill], check=False).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    others = {f".config.json.{os.getppid()}.tmp", ".notes.tmp", ".config.json.x.tmp", "config.json.tmp"}
+    for name in others:
+        (tmp_path / name).write_text("another's")
+    hybridvl.save(small_model("full"), tmp_path)
+    assert set(contents(tmp_path)) == {"config.json", "model.safetensors", *others}
 
 
 def test_old_shards_go_whatever_their_names(tmp_path: Path) -> None:

@@ -173,6 +173,21 @@ def test_a_folder_that_is_not_empty(source: Path, tmp_path: Path, capsys: pytest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"])
+def test_a_report_in_the_place_of_the_model(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    out = tmp_path / "out"
+    command = [source, "--pattern", "gdn*4", "--out", out, "--json"]
+    for folder in (out, source, tmp_path / "source" / ".." / "out"):
+        refused(capsys, [*command, folder / name], f"{name} is a file of the model; expected another name for the")
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    converted(capsys, *command, out / "report.json")
+    assert hybridvl.load(out).pattern == "gdn*4"
+    assert json.loads((out / "report.json").read_text())["pattern"] == "gdn*4"
+
+
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[Any], message: str) -> None:
     assert main(["convert", *map(str, arguments)]) == 2
     shown = capsys.readouterr()
