@@ -53,6 +53,11 @@ for name, config_class in layers.MIXERS.items():
         stateful = mixer(x, layers.Sequence(rotary=rotary), mixer.init_state(1))
     found["mixers"][name] = [((stateful - y).abs().max() / y.abs().max()).item(), x.grad.abs().sum().item()]
 
+from hybridvl.testing.operators import check_backends
+checks = check_backends("cpu")
+found["checks"] = {f"{check.op} {check.backend}": check.reason for check in checks if not check.error or check.chosen}
+found["wrong"] = [check.op for check in checks if not check.passed]
+
 try:
     CALLS["gated_delta_rule"]("fla")
     found["explicit"] = "no error"
@@ -105,6 +110,13 @@ def test_every_mixer_runs_forward_backward_and_with_a_state(probe: dict) -> None
     for difference, gradient in probe["mixers"].values():
         assert difference < 2e-5
         assert gradient > 0
+
+
+def test_every_operator_falls_back_to_torch(probe: dict) -> None:
+    assert probe["wrong"] == []
+    for name, reason in probe["checks"].items():
+        assert (reason == "") == name.endswith(" torch"), name
+        assert not reason or "need CUDA tensors" in reason
 
 
 def test_fla_is_never_imported(probe: dict) -> None:
