@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hybridvl.layers import MixerConfig, Sequence, State
 from hybridvl.layers.norms import RMSNorm
+from hybridvl.layers.ops.one_row import one_row_products
 from hybridvl.models.block import Block
 
 
@@ -95,13 +96,14 @@ class Decoder(nn.Module):
         last, and the result: layers + 1 tensors.
         """
         recompute = self.activation_checkpointing and torch.is_grad_enabled() and states is None
-        for i, layer in enumerate(self.layers):
-            if collected is not None:
-                collected.append(x)
-            if recompute:
-                x = checkpoint(layer, x, sequence, use_reentrant=False)
-            else:
-                x = layer(x, sequence, None if states is None else states[i])
+        with one_row_products(x):
+            for i, layer in enumerate(self.layers):
+                if collected is not None:
+                    collected.append(x)
+                if recompute:
+                    x = checkpoint(layer, x, sequence, use_reentrant=False)
+                else:
+                    x = layer(x, sequence, None if states is None else states[i])
         x = self.norm(x)
         if collected is not None:
             collected.append(x)

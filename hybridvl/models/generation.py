@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hybridvl.layers import ConfigError
@@ -74,7 +73,7 @@ def generate(
     stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=embeds.device)
     tokens, finished = None, None
     for step in range(max_new_tokens):
-        logits = F.linear(hidden, model.lm_head_weight)  # (B, vocab)
+        logits = model.logits(hidden)  # (B, vocab)
         if not bool(logits.isfinite().all()):
             raise ConfigError(
                 f"logits: not finite in {logits.dtype}; expected weights without NaN, in a dtype with room for what "

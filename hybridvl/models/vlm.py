@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridvl.layers import ConfigError, MixerConfig, Sequence
+from hybridvl.layers.ops.one_row import one_row_products
 from hybridvl.models.config import ModelConfig
 from hybridvl.models.decoder import Decoder, ModelState
 from hybridvl.models.generation import PREFILL_CHUNK, GenerationStep, generate
@@ -123,7 +124,12 @@ class VisionLanguageModel(nn.Module):
             cu_seqlens,
             collected,
         )
-        return ModelOutput(F.linear(hidden, self.lm_head_weight), collected)
+        return ModelOutput(self.logits(hidden), collected)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The output head: hidden states (..., D) after the final norm to (..., vocab)."""
+        with one_row_products(hidden):
+            return F.linear(hidden, self.lm_head_weight)
 
     def hidden(
         self,

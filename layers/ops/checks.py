@@ -62,7 +62,7 @@ def internal_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """A context in which autocast does not lower the precision of matrix products."""
-    if torch.amp.is_autocast_available(device.type):
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from hybridvl.layers.ops.checks import internal_dtype
 
 
-@torch.no_grad()
 def causal_conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """SiLU of the convolution at one new input x (B, D): (B, D) in float32, or float64 when something is.
 
-    state: (B, D, W), the last W inputs, oldest first, shifted in place. weight: (D, W). bias: (D,). No autograd.
+    state: (B, D, W), the last W inputs, oldest first, shifted in place. weight: (D, W). bias: (D,). Outside
+    autograd.
     """
     if state.is_contiguous():
         flat = state.view(-1)  # shifting it by one shifts every channel, whose last place is written over
@@ -22,8 +22,8 @@ def causal_conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | No
         state.copy_(state.roll(-1, dims=-1))
     state[..., -1] = x
     dtype = internal_dtype(x, state)
-    products = state.to(dtype) * weight.to(dtype)  # (B, D, W)
-    y = torch.mv(products.view(-1, weight.shape[1]), products.new_ones(weight.shape[1])).view(x.shape)
+    products = (state.to(dtype) * weight.to(dtype)).view(-1, weight.shape[1])  # (B * D, W)
+    y = torch.mv(products, products.new_ones(weight.shape[1])).view(x.shape)
     return F.silu(y if bias is None else y.add_(bias), inplace=True)
 
 

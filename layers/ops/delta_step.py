@@ -11,12 +11,11 @@ FORGETS_ALL = -40.0  # a log decay below counts as -inf: the denormal floats tha
 _ROW_SUMS_FROM = 1 << 18  # elements of a state from which weighted sums of rows beat products with two rows
 
 
-@torch.no_grad()
 def delta_rule_step(pair: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> Tensor:
     """S = e^g S; S = S + k (beta (v - k^T S))^T; o = S^T q, for each head: o (B, H, V).
 
     pair: (B, Hk, 2, K), the key k and the scaled query q; head h uses pair h // (H / Hk). v: (B, H, V). g, beta:
-    (B, H). state: (B, H, K, V), contiguous, updated in place. All in one dtype, float32 or float64. No autograd.
+    (B, H). state: (B, H, K, V), contiguous, updated in place. All in one dtype, float32 or float64; no autograd.
     """
     rows, heads, key_dim, value_dim = state.shape
     if pair.shape[1] != heads:

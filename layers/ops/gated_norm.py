@@ -48,8 +48,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if _worth_blocks(x):
         return blocked_norm(x, None, weight, eps, 1, False, cast_first=True)
-    wide = x.to(internal_dtype(x))
-    return (weight * (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)).to(x.dtype)
+    normed = F.rms_norm(x.to(internal_dtype(x)), weight.shape, eps=eps)
+    return (weight * normed.to(x.dtype)).to(x.dtype)
 
 
 def _worth_blocks(x: Tensor) -> bool:

@@ -77,7 +77,7 @@ def gated_delta_net_step(
             recurrent,
         )
     # The norm divides the scale of q out again: o stays K^0.5 times too large, and so does the root of epsilon.
-    o = o * (o.square().mean(-1, keepdim=True) + norm_eps * key_dim).rsqrt() * norm_weight.to(wide)
+    o = F.rms_norm(o, (value_dim,), norm_weight.to(wide), norm_eps * key_dim)
     if gate is not None:
         o = o * F.silu(gate.to(wide)).view_as(o)
     return o.flatten(1).to(v.dtype)

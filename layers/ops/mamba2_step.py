@@ -68,9 +68,8 @@ def mamba2_step(
             recurrent,
         )
     y = torch.addcmul(y, x, D.to(wide).unsqueeze(-1)).flatten(1) * F.silu(z.to(wide))
-    y = y.unflatten(-1, (groups, -1))
-    y = (y * (y.square().mean(-1, keepdim=True) + norm_eps).rsqrt()).flatten(1) * norm_weight.to(wide)
-    return y.to(z.dtype)
+    y = F.rms_norm(y.view(len(y), groups, -1), (y.shape[1] // groups,), eps=norm_eps).view_as(y)
+    return (y * norm_weight.to(wide)).to(z.dtype)
 
 
 def _recur(x: Tensor, g: Tensor, b: Tensor, c: Tensor, state: Tensor) -> Tensor:
