@@ -20,19 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hybridvl.layers.ops.checks import full_precision, internal_dtype
+from hybridvl.layers.ops.chunk_layout import CHUNK, Tokens, Workspace, cut, store
 from hybridvl.layers.ops.chunked_backward import Gradients, group_gradients
-from hybridvl.layers.ops.chunked_groups import (
-    CHUNK,
-    LOG_ZERO,
-    Group,
-    Solution,
-    Tokens,
-    Workspace,
-    cut,
-    prepare,
-    store,
-    timeline,
-)
+from hybridvl.layers.ops.chunked_groups import LOG_ZERO, Group, Solution, prepare, timeline
 
 
 def chunked_recurrence(

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybridvl.layers.ops.chunked_groups import CHUNK, Group, Workspace, load, store
+from hybridvl.layers.ops.chunk_layout import CHUNK, Workspace, load, store
+from hybridvl.layers.ops.chunked_groups import Group
 
 
 class Gradients(NamedTuple):
@@ -32,7 +33,9 @@ def group_gradients(group: Group, start: Tensor, do: Tensor, dstate: Tensor, out
     # do and, below it, w: the gradient of beta v - beta e^c (k S). Both take the same way back.
     through = torch.bmm(errors, states[:-1].flatten(0, 1).mT, out=work.tensor("dreaders", *group.readers.shape))
     mixing = torch.bmm(errors, group.u.mT, out=work.tensor("products", group.u.shape[0], rows, CHUNK))
-    mixing[:, :CHUNK].mul_(group.decay).mul_(group.scale)
+    # What a token reads of its own knows no decay: left for last, so that dg is no small difference of large numbers.
+    own = mixing[:, :CHUNK].diagonal(dim1=1, dim2=2)[..., None] * group.scale
+    mixing[:, :CHUNK].mul_(group.decay).mul_(group.scale).tril_(-1)
     if group.inverse is not None:
         mixing[:, CHUNK:].mul_(group.decay).tril_(-1).neg_()
     dreads = torch.bmm(mixing, k, out=work.tensor("dreads", *group.readers.shape))
@@ -52,21 +55,24 @@ def group_gradients(group: Group, start: Tensor, do: Tensor, dstate: Tensor, out
         given = errors[:, :CHUNK]  # do
         dv.addcmul_(given, group.skip)
         out.skip.add_(_dots(given, group.v, work).view(-1, out.skip.shape[0], CHUNK).sum((0, 2)))
-    # k as it is written: into the state, and into what later tokens of the chunk read.
+    # k as it is written: for later tokens of the chunk, and into the state.
+    dk = torch.bmm(mixing.mT, group.qk[:, :rows], out=work.tensor("written", *group.keys.shape))
     dkeys = torch.bmm(group.u, dstates[1:].flatten(0, 1).mT, out=work.tensor("dkeys", *group.keys.shape))
-    written = torch.bmm(mixing.mT, group.qk[:, :rows], out=work.tensor("written", *group.keys.shape))
-    dk = written.addcmul_(dkeys, group.end)
-    dk_along = _dots(k, dk, work)
-    dc = dc - dk_along
-    dc[:, -1] += torch.mul(states[1:], dstates[1:], out=states[1:]).flatten(0, 1).sum((-1, -2))[:, None]
+    dk_along, dkeys_along = _dots(k, dk, work), _dots(k, dkeys, work) * group.end
+    kept = torch.mul(states[:-1], dstates[1:], out=states[:-1]).flatten(0, 1).sum((-1, -2), keepdim=True) * group.total
+    dg = (dc - dk_along).flip(1).cumsum(1).flip(1).add_(kept)
+    dg[:, 1:] += dkeys_along.cumsum(1)[:, :-1]
+    dq.addcmul_(k, own)
+    dk.addcmul_(dkeys, group.end).addcmul_(q, own)
     if group.inverse is not None:
         dk.addcmul_(dread, group.beta)
         dk_along = dk_along + dread_along
     if group.norms is not None:
-        dq.addcmul_(q, dq_along, value=-1).mul_(group.norms[:, :CHUNK])
-        dk.addcmul_(k, dk_along, value=-1).mul_(group.norms[:, CHUNK:])
-    dg = dc.squeeze(-1).flip(-1).cumsum(-1).flip(-1)
-    for gradient, target in ((dq, out.q), (dk, out.k), (dv, out.v), (dg, out.g), (dbeta.squeeze(-1), out.beta)):
+        own_along = _dots(q, k, work) * own
+        dq.addcmul_(q, dq_along + own_along, value=-1).mul_(group.norms[:, :CHUNK])
+        dk.addcmul_(k, dk_along + dkeys_along + own_along, value=-1).mul_(group.norms[:, CHUNK:])
+    gradients = (dq, dk, dv, dg.squeeze(-1), dbeta.squeeze(-1))
+    for gradient, target in zip(gradients, (out.q, out.k, out.v, out.g, out.beta), strict=True):
         store(gradient, group.span, target)
     return dstates[0]
 

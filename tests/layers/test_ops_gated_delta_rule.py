@@ -94,7 +94,7 @@ def test_grouped_heads_are_repeated_in_order(backend: str) -> None:
 def test_groups_of_chunks_change_nothing(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = random_inputs(300)
     expected = outputs_and_gradients(partial(gated_delta_rule, backend="reference"), inputs)
-    monkeypatch.setattr("hybridvl.layers.ops.chunked_groups._GROUP_NUMBERS", groups * 1024)
+    monkeypatch.setattr("hybridvl.layers.ops.chunk_layout._GROUP_NUMBERS", groups * 1024)
     assert_close(outputs_and_gradients(gated_delta_rule, inputs), expected, 1e-11)
 
 
@@ -145,6 +145,18 @@ def test_strong_decay(strong: float, dtype: torch.dtype) -> None:
     assert all(x.isfinite().all() for x in got.values())
     vanishing = ("dinitial_state",) if strong < -100 else ()
     assert_close(got, expected, 1e-10 if dtype == torch.float64 else 2e-5, vanishing)
+
+
+@pytest.mark.parametrize("decay", [-3.0, -12.0, -21.0, -39.0])
+def test_gradient_of_a_constant_strong_decay(decay: float) -> None:
+    """It is as small as e^decay beside the terms that cancel in it."""
+    inputs = {name: x.float() for name, x in random_inputs(70).items()}
+    inputs["g"][:] = decay
+    expected = outputs_and_gradients(
+        partial(gated_delta_rule, backend="reference"), {name: x.double() for name, x in inputs.items()}
+    )
+    got = outputs_and_gradients(partial(gated_delta_rule, backend="torch"), inputs)
+    assert_close(got, expected, 2e-5)
 
 
 def test_reset_with_long_keys_does_not_overflow() -> None:
