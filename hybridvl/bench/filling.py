@@ -19,12 +19,14 @@ def filled_state(model: VisionLanguageModel, context: int, seed: int = 0) -> Mod
     generator = torch.Generator().manual_seed(seed)
     state = model.init_state(1)
     for layer in state.layers:
-        _fill(layer, context, generator)
+        fill_layer(layer, context, generator)
     state.length.fill_(context)
     return state
 
 
-def _fill(state: State, context: int, generator: torch.Generator) -> None:
+@torch.no_grad()
+def fill_layer(state: State, context: int, generator: torch.Generator) -> None:
+    """Fill the state of one layer, empty before, as `filled_state` does."""
     if isinstance(state, KeyValueState):
         kept = context if isinstance(state, FullAttentionState) else min(context, state.slots)
         rows, _, heads, dim = state.k.shape
@@ -39,9 +41,9 @@ def _fill(state: State, context: int, generator: torch.Generator) -> None:
     for field in dataclasses.fields(state):  # type: ignore[arg-type]
         value = getattr(state, field.name)
         if isinstance(value, State):
-            _fill(value, context, generator)
+            fill_layer(value, context, generator)
         elif isinstance(value, tuple | list):
             for part in value:
-                _fill(part, context, generator)
+                fill_layer(part, context, generator)
         elif value.is_floating_point():
             value.copy_(0.1 * torch.randn(value.shape, generator=generator))

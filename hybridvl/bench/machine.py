@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hybridvl.bench.timing import Timer, timer
+from hybridvl.layers.errors import ConfigError
 
 _PACKAGES = ("hybridvl", "torch", "transformers", "flash-linear-attention", "fla-core", "flash-attn", "triton")
 _COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
@@ -65,6 +66,19 @@ def measure_limits(dtype: torch.dtype, device: str, measure: Timer | None = None
         measure(run, 1)
         best.append(min(measure(run, 1) for _ in range(repeats)))
     return Limits(2 * size**3 / best[0], 2 * source.nbytes / best[1], 2 * source.nbytes / best[2])
+
+
+def usable_device(name: str) -> str:
+    """The name of a CPU or a CUDA device that is there; else ConfigError."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name!r}: expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {name}: there is no CUDA device; expected cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {name}: expected cpu, cuda or cuda:N")
+    return name
 
 
 def describe(device: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from hybridvl.bench import report
 from hybridvl.bench.cases import Request
 from hybridvl.bench.catalogue import CASES, find_case
-from hybridvl.bench.machine import Limits, describe, measure_limits
+from hybridvl.bench.machine import Limits, describe, measure_limits, usable_device
 from hybridvl.bench.model_cases import QWEN3_NEXT, QWEN25, ModelRequest, decode_works, prefill_works, train_work
 from hybridvl.bench.runner import Settings, measure
 from hybridvl.bench.shapes import parse_lengths, parse_shape
@@ -26,9 +26,9 @@ from hybridvl.bench.suite import suite_rows
 from hybridvl.cli.arguments import Arguments
 from hybridvl.cli.bench_arguments import parser
 from hybridvl.cli.mixer_flags import take_mixer_flags
+from hybridvl.cli.output import table_console, writable
 from hybridvl.layers.errors import ConfigError
 
-_PLAIN_WIDTH = 200  # columns when the output is a file or a pipe
 _FEWEST = 3  # lengths for which growth is told
 
 
@@ -41,11 +41,11 @@ def main(argv: Sequence[str]) -> int:
         for case in CASES.values():
             print(f"{case.name:20}{case.about}; {' '.join(f'{k}{v}' for k, v in case.sizes.items())}")
         return 0
-    device = _device(options.device)
+    device = usable_device(options.device)
     if options.threads is not None:
         torch.set_num_threads(_positive("--threads", options.threads))
     settings = Settings(_positive("--rounds", options.rounds or 7), options.warmup, not options.no_memory)
-    run = _Run(settings, device, _console(stderr=True))
+    run = _Run(settings, device, Console(stderr=True))
     if options.what == "suite":
         return _suite(options, run)
     works = {"ops": _ops, "train": _train, "prefill": _prefill, "decode": _decode}[options.what]
@@ -133,7 +133,7 @@ def _suite(options: argparse.Namespace, run: _Run) -> int:
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{options.name}.json"
-    kept = _kept(path)
+    kept, console = _kept(path), table_console()
     failed = []
     for name in options.rows or rows:
         row = rows[name]
@@ -143,7 +143,7 @@ def _suite(options: argparse.Namespace, run: _Run) -> int:
         except UnequalWorkError as error:
             failed.append(str(error))
             continue
-        run.console.print(report.results_table(records))
+        console.print(report.results_table(records))
         machine = describe(run.device)
         kept[name] = [{**record, "machine": machine} for record in records]
         found = [record for name in rows for record in kept.get(name, [])]
@@ -179,7 +179,7 @@ def _draw_suite(name: str, records: Sequence[dict[str, Any]], folder: Path) -> N
 
 
 def _publish(options: argparse.Namespace, records: list[dict[str, Any]], run: _Run) -> None:
-    console = _console()
+    console = table_console()
     rows, fits = _growths(records)
     machine = describe(run.device)
     if options.json != "-":
@@ -195,15 +195,15 @@ def _publish(options: argparse.Namespace, records: list[dict[str, Any]], run: _R
         if path == "-":
             print(text(), end="")
         elif path is not None:
-            _writable(path).write_text(text(), encoding="utf-8")
+            writable(path).write_text(text(), encoding="utf-8")
     if options.png is not None:
         from hybridvl.bench.plots import draw_growth, draw_ratios  # matplotlib takes a second to import
 
         if groups := list(_by_length(records)):
             name = records[0]["case"]
-            draw_growth([record for group in groups for record in group], "T", name, _writable(options.png))
+            draw_growth([record for group in groups for record in group], "T", name, writable(options.png))
         else:
-            draw_ratios(records, f"hybridvl bench {options.what}", _writable(options.png))
+            draw_ratios(records, f"hybridvl bench {options.what}", writable(options.png))
 
 
 def _by_length(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -234,37 +234,12 @@ def _growths(records: Iterable[dict[str, Any]]) -> tuple[list[tuple[str, str, Gr
     return rows, [{"work": work, "side": side, **vars(fit)} for work, side, fit in rows]
 
 
-def _console(stderr: bool = False) -> Console:
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=_PLAIN_WIDTH)
-
-
 def _no_mixers(mixers: dict[str, Any]) -> None:
     if mixers:
         raise ConfigError(f"--mixer.{next(iter(mixers))}: not of bench ops; expected sizes in --shape")
-
-
-def _device(name: str) -> str:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {name!r}: expected cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {name}: there is no CUDA device; expected cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {name}: expected cpu, cuda or cuda:N")
-    return name
 
 
 def _positive(place: str, value: int) -> int:
     if value < 1:
         raise ConfigError(f"{place} {value}: expected at least 1")
     return value
-
-
-def _writable(path: str) -> Path:
-    """The path of a file to write, its folder made."""
-    if Path(path).is_dir():
-        raise ConfigError(f"{path}: is a folder; expected the name of a file to write")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    return Path(path)

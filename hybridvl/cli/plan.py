@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.table import Table
 
 from hybridvl.checkpoints import read_config
 from hybridvl.checkpoints.files import usable_path
 from hybridvl.cli.arguments import Arguments
+from hybridvl.cli.calibration import add_calibration_arguments, machine_calibration, prediction_table
 from hybridvl.cli.output import table_console, writable, write_json
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.config import ModelConfig, VisionConfig
 from hybridvl.plan.costs import CONTEXTS, Plan, plan_model
+from hybridvl.plan.prediction import predictions
 from hybridvl.plan.tables import comparison_table, layer_table
 
 _DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
@@ -31,10 +34,21 @@ def main(argv: Sequence[str]) -> int:
         plan_model(dataclasses.replace(config, pattern=pattern), options.context, _DTYPES[options.dtype], path)
         for pattern in options.patterns or [config.pattern]
     ]
+    records = [plan.to_dict() for plan in plans]
+    tables = []
+    if options.calibrate:
+        calibration = machine_calibration(options, anew=not (options.patterns or options.config))
+        contexts = tuple(plans[0].contexts)
+        for plan, record in zip(plans, records, strict=True):
+            model = dataclasses.replace(config, pattern=plan.pattern)
+            record["predicted_seconds"] = predictions(calibration, model, contexts, options.batch, options.tokens)
+            record["prediction_error"] = calibration.errors
+        named = [(record["pattern"], record["predicted_seconds"]) for record in records]
+        tables.append(prediction_table(calibration, named))
     if options.json != "-":
-        _print(plans, options.layers)
+        _print(plans, options.layers, tables)
     if options.json is not None:
-        write_json([plan.to_dict() for plan in plans], options.json)
+        write_json(records, options.json)
     if options.png is not None:
         from hybridvl.plan.drawing import draw  # matplotlib takes a second to import
 
@@ -62,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--layers", action="store_true", help="list every layer instead of every kind of layer")
     parser.add_argument("--json", metavar="FILE", help="write all numbers; '-' prints them instead of tables")
     parser.add_argument("--png", metavar="FILE", help="draw the patterns with their totals")
+    add_calibration_arguments(parser)
     return parser
 
 
@@ -91,8 +106,10 @@ def _model_section(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _print(plans: Sequence[Plan], every_layer: bool) -> None:
+def _print(plans: Sequence[Plan], every_layer: bool, more: Sequence[Table]) -> None:
     console = table_console()
     for plan in plans:
         console.print(layer_table(plan, every_layer, compact=console.width < _FULL_WIDTH))
     console.print(comparison_table(plans))
+    for table in more:
+        console.print(table)

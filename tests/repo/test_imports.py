@@ -1,4 +1,4 @@
-"""Imports go one way: layers.ops <- layers <- pattern, models <- checkpoints <- data, training, inference <- bench <- cli."""
+"""Imports go one way: layers.ops <- layers <- pattern, models <- checkpoints <- data, training <- bench <- cli."""
 
 from __future__ import annotations
 
