@@ -90,6 +90,8 @@ def test_infinitevl_4b_state() -> None:
     assert 4 * recurrent == 56_623_104
     state = model.to(torch.bfloat16).init_state(1)
     assert sum(layer.nbytes for layer in state.layers) == 133_890_120
+    assert state.nbytes == 133_890_136  # with the row's length and next position
+    assert "| 133,890,136 |" in (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
 
 
 def test_published_configs_without_the_optional_fields() -> None:
