@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_support import relative
@@ -163,6 +166,77 @@ def test_bfloat16_is_near_float64(window: int | None) -> None:
     got = with_gradients(partial(attention, window=window), low)
     assert got[0].dtype == torch.bfloat16
     assert_same(got, with_gradients(partial(attention, window=window), [x.double() for x in low]), 2e-2)
+
+
+def sdpa_under_a_mask(allowed: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The peer: one fused call under a dense mask."""
+    given = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*given, attn_mask=allowed[:, None], enable_gqa=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (8, 1)])
+def test_windowed_errors_are_no_larger_than_those_of_sdpa(heads: int, kv_heads: int, dtype: torch.dtype) -> None:
+    """Outputs and all gradients, both compared with float64 on the same numbers."""
+    low = [x.to(dtype) for x in random_inputs(500, 530, 1, heads, kv_heads, seed=7)]
+    allowed = band(1, 500, 530, 90)
+    exact = with_gradients(partial(by_hand, allowed=allowed), [x.double() for x in low])
+    ours = with_gradients(partial(attention, window=90), low)
+    theirs = with_gradients(partial(sdpa_under_a_mask, allowed), low)
+    for name, a, b, right in zip(("o", "dq", "dk", "dv"), ours, theirs, exact, strict=True):
+        got, peer = (float((x.detach().double() - right.detach()).norm() / right.detach().norm()) for x in (a, b))
+        assert got < 1.25 * peer, (name, got, peer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("padded", [False, True])
+def test_scratch_may_hold_anything(padded: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is not written first is never read."""
+    inputs = [x.to(dtype) for x in random_inputs(150, 170, kv_heads=1)]
+    real = torch.rand(2, 170, generator=torch.Generator().manual_seed(0)) > 0.3 if padded else None
+    expected = with_gradients(partial(attention, window=20, key_padding_mask=real), inputs)
+
+    def poisoned(self: Tensor, *size: object, **options: object) -> Tensor:
+        return self.new_full(size if isinstance(size[0], int) else size[0], torch.nan, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+    got = with_gradients(partial(attention, window=20, key_padding_mask=real), inputs)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("window", [None, 40, 600])
+def test_packed_segments_short_and_long(window: int | None) -> None:
+    """Longer than what is attended side by side, in grouped heads."""
+    lengths = (3, 700, 1, 64, 128)
+    inputs = random_inputs(sum(lengths), batch=1, heads=4, kv_heads=1)
+    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    allowed = band(1, sum(lengths), sum(lengths), window) & (segment[:, None] == segment)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    got = with_gradients(partial(attention, window=window, cu_seqlens=cu_seqlens, backend="torch"), inputs)
+    assert_same(got, with_gradients(partial(by_hand, allowed=allowed), inputs), 1e-11)
+
+
+_PEAK = """
+import resource, sys, torch
+from hybridvl.layers.ops import attention
+torch.set_num_threads(1)
+tokens = int(sys.argv[1])
+q, k, v = (torch.randn(1, tokens, heads, 32, requires_grad=True) for heads in (4, 1, 1))
+attention(q, k, v, window=128, backend="torch").sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_memory_of_a_window_is_linear() -> None:
+    """Peak of a forward and backward pass in a fresh process: inputs, outputs, gradients, no square of the length."""
+    peaks = [
+        int(subprocess.run([sys.executable, "-c", _PEAK, str(t)], check=True, capture_output=True, text=True).stdout)
+        for t in (1 << 13, 1 << 14)
+    ]
+    row = (4 + 1 + 1) * 32 * 4  # bytes of a token's query, key and value
+    # Inputs, outputs and their gradients with room to spare; dense scores of one head alone would be 805 MB more.
+    assert peaks[1] - peaks[0] < (1 << 13) * row * 8
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
