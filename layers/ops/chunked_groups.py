@@ -136,7 +136,7 @@ def prepare(
     products = torch.bmm(qk[:, :rows], k.mT, out=work.tensor("products", size, rows, CHUNK))
     scores = torch.mul(products[:, :CHUNK], decay, out=work.tensor("scores", size, CHUNK, CHUNK)).mul_(tokens.scale)
     readers = work.tensor("readers", size, CHUNK if solution is None else 2 * CHUNK, key_dim)
-    torch.mul(q, start * tokens.scale, out=readers[:, :CHUNK])
+    _multiply(q, start * tokens.scale, readers[:, :CHUNK])
     inverse = None
     if solution is None:
         u = torch.mul(v, beta, out=work.tensor("u", size, CHUNK, value_dim))
@@ -145,12 +145,20 @@ def prepare(
         if not solved:
             # Inverted with its decays: without them the inverse of long keys may overflow where resets keep it small.
             _unit_lower_inverse(products[:, CHUNK:].mul_(decay).mul_(beta).tril_(-1), out=inverse)
-        torch.mul(k, (beta * start).neg_(), out=readers[:, CHUNK:])
+        _multiply(k, (beta * start).neg_(), readers[:, CHUNK:])
     keys = torch.mul(k, end, out=work.tensor("keys", size, CHUNK, key_dim))
     skip = None if tokens.skip is None else tokens.skip.to(work.dtype).repeat(size // heads)[:, None, None]
     return Group(
         span, tokens.scale, work, qk, v, beta, skip, norms, start, end, total, decay, scores, inverse, readers, keys, u
     )
+
+
+def _multiply(left: Tensor, right: Tensor | float, out: Tensor) -> None:
+    """Into a slice, which torch.compile takes as the target of a copy, not of a product."""
+    if torch.compiler.is_compiling():
+        out.copy_(left * right)
+    else:
+        torch.mul(left, right, out=out)
 
 
 def _normalize(qk: Tensor, eps: float, work: Workspace) -> Tensor:
@@ -187,7 +195,7 @@ def _unit_lower_inverse(lower: Tensor, out: Tensor) -> Tensor:
         corner = _diagonal_blocks(lower, 2 * half)[:, :, half:, :half]
         if half > 1:
             corner = blocks[:, :, half:, half:] @ corner @ blocks[:, :, :half, :half]
-        torch.neg(corner, out=blocks[:, :, half:, :half])
+        _multiply(corner, -1.0, blocks[:, :, half:, :half])
         half *= 2
     return out
 
