@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hybridvl.bench.filling import filled_state
 from hybridvl.bench.plain import modeling, plain_functions
 from hybridvl.bench.qwen2_5_vl import Qwen25TextPeer
-from hybridvl.bench.qwen3_next import gated, peer_weights, qwen3_next_peer
+from hybridvl.bench.qwen3_next import gated, peer_weights, qwen3_next_peer, start_as_qwen3_next
 from hybridvl.bench.sides import TOLERANCES, Results, Side, Work
 from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.full import FullAttentionConfig
@@ -39,6 +39,8 @@ class ModelRequest:
         batch, tokens: rows and tokens of a training step.
         loss_chunk: tokens whose logits exist at once, in our training steps.
         prefill_chunk: tokens read at once.
+        peer_decays: start Gated DeltaNet layers with the decays that Qwen3-Next starts with, up to -21 a token, instead
+            of ours; training steps beside that peer alone.
     """
 
     config: ModelConfig
@@ -49,6 +51,7 @@ class ModelRequest:
     tokens: int = 1024
     loss_chunk: int = 1024
     prefill_chunk: int = 1024
+    peer_decays: bool = False
 
     @property
     def dtype_name(self) -> str:
@@ -80,12 +83,16 @@ def train_work(request: ModelRequest) -> Work:
     sides = []
     for pattern in request.patterns(QWEN3_NEXT):
         model = _build(dataclasses.replace(config, pattern=pattern), request.device, torch.float32)
+        if request.peer_decays:
+            start_as_qwen3_next(model)
         sides.append(_train_side(pattern, model, ids, request))
         if with_qwen and len(sides) == 1:
             sides.append(_qwen_side(qwen3_next_peer(model), model, ids, request, sides[0].name))
     tokens = request.batch * request.tokens
     flops = 3.0 * tokens * plan_model(config, [request.tokens]).prefill_flops(request.tokens)
-    sizes = {"D": config.width, "mlp": config.mlp_width, "V": config.vocab_size}
+    sizes: dict[str, int | str] = {"D": config.width, "mlp": config.mlp_width, "V": config.vocab_size}
+    if request.peer_decays:
+        sizes["decays "] = QWEN3_NEXT
     return Work(
         name=f"train {request.pattern}",
         sizes={**sizes, "B": request.batch, "T": request.tokens},

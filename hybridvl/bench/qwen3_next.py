@@ -15,7 +15,7 @@ from hybridvl.bench.plain import modeling
 from hybridvl.layers.base import Mixer, Sequence, State
 from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.full import FullAttentionConfig
-from hybridvl.layers.gdn import GatedDeltaNetConfig
+from hybridvl.layers.gdn import GatedDeltaNet, GatedDeltaNetConfig
 from hybridvl.models.config import ModelConfig
 from hybridvl.models.vlm import VisionLanguageModel
 
@@ -87,6 +87,15 @@ def qwen3_next_peer(model: VisionLanguageModel) -> nn.Module:
     if left or unexpected:
         raise ConfigError(f"peer qwen3-next: weights do not fit the installed transformers: {left}, {unexpected}")
     return peer.to(model.lm_head_weight.device, model.lm_head_weight.dtype)
+
+
+@torch.no_grad()
+def start_as_qwen3_next(model: VisionLanguageModel) -> None:
+    """Give Gated DeltaNet layers Qwen3-Next's initial decays: A uniform from 0.01 to 16, step sizes about 1.3."""
+    for layer in model.modules():
+        if isinstance(layer, GatedDeltaNet):
+            layer.A_log.uniform_(0.01, 16).log_()
+            layer.dt_bias.fill_(1.0)
 
 
 def peer_weights(model: VisionLanguageModel, ours: Weights, gradients: bool = False) -> dict[str, Tensor]:

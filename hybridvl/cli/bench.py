@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -110,7 +111,10 @@ def _model_request(options: argparse.Namespace, mixers: dict[str, Any], named_pe
     for peer in options.peer:
         if peer in (QWEN3_NEXT, QWEN25) and peer != named_peer:
             raise ConfigError(f"--peer {peer}: not of this command; expected {named_peer}, none or a layer pattern")
-    sizes = {"batch": options.batch, "tokens": options.tokens} if options.what == "train" else {}
+    training = options.what == "train"
+    sizes = {"batch": options.batch, "tokens": options.tokens} if training else {}
+    if training and options.untied:
+        config = dataclasses.replace(config, tie_embeddings=False)
     return ModelRequest(
         config=config,
         peers=tuple(peer for peer in options.peer if peer != "none"),
@@ -119,6 +123,7 @@ def _model_request(options: argparse.Namespace, mixers: dict[str, Any], named_pe
         **{name: _positive(f"--{name}", value) for name, value in sizes.items()},
         loss_chunk=_positive("--chunk", options.chunk),
         prefill_chunk=options.chunk,
+        peer_decays=training and options.decays == "qwen3-next",
     )
 
 
@@ -149,11 +154,20 @@ def _suite(options: argparse.Namespace, run: _Run) -> int:
         found = [record for name in rows for record in kept.get(name, [])]
         path.write_text(report.to_json(found, machine, _growths(found)[1]), encoding="utf-8")
         (folder / f"{options.name}.csv").write_text(report.to_csv(found), encoding="utf-8")
-        (folder / f"{options.name}.md").write_text(report.markdown(found), encoding="utf-8")
+        (folder / f"{options.name}.md").write_text(_page(options.name, machine, found), encoding="utf-8")
         _draw_suite(options.name, found, folder)
     for message in failed:
         print(f"error: {message}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _page(name: str, machine: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
+    dates = sorted({record["machine"]["date"] for record in records})
+    packages = ", ".join(f"{package} {number}" for package, number in machine["versions"].items())
+    about = (
+        f"{machine['cpu']}, {machine['threads']} of {machine['cores']} cores, {dates[0]} to {dates[-1]}; {packages}."
+    )
+    return f"# Suite {name}\n\n{about}\n\n{report.markdown(records)}"
 
 
 def _kept(path: Path) -> dict[str, list[dict[str, Any]]]:

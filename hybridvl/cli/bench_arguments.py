@@ -7,7 +7,7 @@ import argparse
 _EXAMPLES = """examples:
   hybridvl bench ops --case gated-delta-rule --shape B1 T2048 H16 K128 V128 --direction both
   hybridvl bench ops --case window-attention --shape W512 --lengths 1K 4K 16K --png window.png
-  hybridvl bench train "(gdn*3 full)*2" --width 256 --mlp-width 1024 --vocab 8192 --batch 4 --tokens 1024
+  hybridvl bench train "(gdn*3 full)*2" --untied --decays qwen3-next --batch 4 --tokens 1024
   hybridvl bench decode "(swa gdn*3)*2" --peer "full*8" qwen2.5-vl --contexts 1K 4K 16K 64K
   hybridvl bench suite cpu --out results"""
 
@@ -25,9 +25,13 @@ def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     parts = main.add_subparsers(dest="what", required=True, metavar="ops|train|prefill|decode|suite")
     _ops(parts.add_parser("ops", help="operators and mixers, by case"))
     train = parts.add_parser("train", help="a training step of a model")
-    _model(train, "(gdn*3 full)*2", ("qwen3-next",), width=256, mlp_width=1024, vocab=8192)
+    _model(train, "(gdn*3 full)*2", ("qwen3-next",), width=256, mlp_width=768, vocab=8192)
     train.add_argument("--batch", type=int, default=4, help="rows (default: 4)")
     train.add_argument("--tokens", type=int, default=1024, help="tokens a row (default: 1024)")
+    train.add_argument("--untied", action="store_true", help="an output head of its own")
+    train.add_argument(
+        "--decays", choices=("ours", "qwen3-next"), default="ours", help="those that Gated DeltaNet layers start with"
+    )
     for name, text in (("prefill", "reading prompts"), ("decode", "one more token after a context")):
         part = parts.add_parser(name, help=f"{text}, by length")
         _model(part, "(swa gdn*3)*2", ("full*8", "qwen2.5-vl"), width=1024, mlp_width=2816, vocab=32768)

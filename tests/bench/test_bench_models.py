@@ -47,6 +47,15 @@ def test_training_as_qwen3_next(pattern: str, dtype: torch.dtype) -> None:
     assert work.sides[1].run()["loss"] == pytest.approx(float(first), rel=1e-2)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_training_with_the_decays_that_qwen3_next_starts_with(tied: bool) -> None:
+    asked = request("gdn full", QWEN3_NEXT)
+    asked = dataclasses.replace(asked, config=dataclasses.replace(asked.config, tie_embeddings=tied), peer_decays=True)
+    work = train_work(asked)
+    assert "decays qwen3-next" in work.title
+    assert max(compare(work)[QWEN3_NEXT].values()) < 2e-5
+
+
 def test_another_weight_is_found() -> None:
     work = train_work(request("gdn full", QWEN3_NEXT))
     work.sides[1].run()  # one step ahead of ours

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 from hybridvl.bench import catalogue, suite
+from hybridvl.bench.catalogue import find_case
+from hybridvl.bench.shapes import parse_shape
 from hybridvl.bench.sides import Side, Work
 from hybridvl.bench.suite import Row, suite_rows
 from hybridvl.cli import main
+from hybridvl.cli.arguments import Arguments
+from hybridvl.cli.bench_arguments import parser
+from hybridvl.cli.mixer_flags import take_mixer_flags
 
 OPS = ["bench", "ops", "--shape", "T70", "H2", "K16", "V16", "--rounds", "1", "--warmup", "0"]
 SIZES = ["--width", "64", "--mlp-width", "96", "--vocab", "50", "--rounds", "1", "--warmup", "0", "--no-memory"]
@@ -141,6 +147,22 @@ def test_unequal_work_ends_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     shown = capsys.readouterr()
     assert shown.err.strip().splitlines()[-1].startswith("error: gated-delta-rule B1 T70 H2 K16 V16, float32, forward")
     assert "ms" not in shown.out
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "bench.md").read_text()
+SHOWN = [shlex.split(line)[2:] for line in PAGE.splitlines() if line.startswith("hybridvl bench ")]
+
+
+@pytest.mark.parametrize("command", SHOWN, ids=" ".join)
+def test_the_commands_of_the_page(command: list[str]) -> None:
+    rest, _ = take_mixer_flags(command)
+    options = parser(Arguments).parse_args(rest)
+    if options.what == "ops":
+        parse_shape(" ".join(options.shape), find_case(options.case).sizes)
+
+
+def test_the_page_names_every_case() -> None:
+    assert [name for name in catalogue.CASES if f"`{name}`" not in PAGE] == []
 
 
 @pytest.mark.parametrize(
