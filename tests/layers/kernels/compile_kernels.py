@@ -51,9 +51,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     assert names
 
 
-def test_gated_norm(compiled: list[str]) -> None:
-    x = torch.zeros(2, 5120, dtype=torch.bfloat16, requires_grad=True)
-    gated_rms_norm(x, torch.zeros_like(x), torch.ones(5120), 1e-5, 1, True).sum().backward()
+@pytest.mark.parametrize(("width", "gate_first"), [(256, False), (5120, True)])
+def test_gated_norm(compiled: list[str], width: int, gate_first: bool) -> None:
+    x = torch.zeros(40, width, dtype=torch.bfloat16, requires_grad=True)
+    gated_rms_norm(x, torch.zeros_like(x), torch.ones(width), 1e-5, 1, gate_first).sum().backward()
     assert compiled == ["_forward", "_backward"]
 
 
