@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hybridvl.layers import MixerConfig, Sequence, State
 from hybridvl.layers.norms import RMSNorm
+from hybridvl.layers.ops.swiglu import swiglu
 
 
 class SwiGLU(nn.Module):
@@ -19,7 +19,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
