@@ -50,7 +50,7 @@ def draw_growth(records: Sequence[Record], letter: str, title: str, path: Path) 
 
 def draw_ratios(records: Sequence[Record], title: str, path: Path) -> None:
     """Write a PNG: the ratio of every other side's time to ours with its interval, and the goals."""
-    rows = [(record, name, ratio) for record in reversed(records) for name, ratio in record["ratios"].items()]
+    rows = [(record, name, ratio) for record in records for name, ratio in record["ratios"].items()][::-1]
     figure = Figure(figsize=(11, 0.32 * len(rows) + 1.4), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -62,8 +62,12 @@ def draw_ratios(records: Sequence[Record], title: str, path: Path) -> None:
         if goal is not None:
             axes.plot([goal, goal], [place - 0.4, place + 0.4], color=_INK, linewidth=2)
     axes.set_yticks(range(len(rows)), [f"{record['title']} / {name}" for record, name, _ in rows], fontsize=7)
+    axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.set_xticks([tick for tick in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100) if low <= tick <= high])
     axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.axvline(1, color=_INK, linewidth=0.8)
     axes.grid(axis="x", color=_GRID)
     axes.set_axisbelow(True)

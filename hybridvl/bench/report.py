@@ -5,20 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from hybridvl.bench.stats import Growth
+from hybridvl.bench.stats import growth
 from hybridvl.plan.units import with_prefix
 
 Record = Mapping[str, Any]
 
 _COLUMNS = "work", "peer", "ours", "its time", "ratio (interval)", "goal", "of matmul, bandwidth", "memory, ours / peer"
 _NONE = "-"
+_FEWEST = 3  # lengths for which growth is told
 
 
 def results_table(records: Sequence[Record]) -> Table:
@@ -48,8 +49,8 @@ def markdown(records: Sequence[Record]) -> str:
             cells = [record["title"], _NONE, f"{_ms(ours['median'])} ms", _NONE, _NONE, _NONE, share, _memory(ours)]
             if other is not None:
                 cells[1], cells[3] = other["name"], f"{_ms(other['median'])} ms"
-                cells[4] = ratio_text(record["ratios"][other["name"]])
-                cells[5] = goal_text(record, other["name"]) or _NONE
+                cells[4] = _ratio_text(record["ratios"][other["name"]])
+                cells[5] = _goal_text(record, other["name"]) or _NONE
                 cells[7] = f"{_memory(ours)} / {_memory(other)}"
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -83,24 +84,53 @@ def to_json(records: Sequence[Record], machine: Mapping[str, Any], growth: Seque
     return json.dumps({"machine": machine, "results": list(records), "growth": list(growth)}, indent=1) + "\n"
 
 
-def growth_table(rows: Sequence[tuple[str, str, Growth]]) -> Table:
-    """A row for every (work, side): how its time grows with the length."""
+def growth_table(rows: Sequence[Record]) -> Table:
+    """A row for every side of a work that was measured at several lengths: how its time and its scratch memory grow."""
     table = Table(title="growth with length", box=box.ROUNDED)
-    for name in ("work", "side", "time", "largest deviation", "exponent"):
+    for name in ("work", "side", "time", "largest deviation", "exponent", "scratch memory"):
         table.add_column(name)
-    for work, side, fit in rows:
-        line = f"{1e3 * fit.fixed:.3g} ms + {1e6 * fit.per_unit:.3g} us a token"
-        table.add_row(escape(work), escape(side), line, f"{fit.deviation:.1%}", f"{fit.exponent:.3f}")
+    for row in rows:
+        line = f"{1e3 * row['fixed']:.3g} ms + {1e6 * row['per_unit']:.3g} us a token"
+        scratch = " to ".join(with_prefix(size, "B") for size in row["scratch_bytes"])
+        fit = f"{row['deviation']:.1%}", f"{row['exponent']:.3f}"
+        table.add_row(escape(row["work"]), escape(row["side"]), line, *fit, scratch)
     return table
 
 
-def ratio_text(ratio: Mapping[str, float]) -> str:
+def growths(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """How the time of every side grows where so many lengths were measured, and its scratch memory at their ends."""
+    rows = []
+    for group in by_length(records):
+        first = group[0]
+        for name in dict.fromkeys(side["name"] for record in group for side in record["sides"]):
+            sides = [(r["sizes"]["T"], side) for r in group for side in r["sides"] if side["name"] == name]
+            if len(sides) < _FEWEST:
+                continue
+            sides.sort(key=lambda point: point[0])
+            fit = growth([length for length, _ in sides], [side["median"] for _, side in sides])
+            held = [side["scratch_bytes"] for _, side in sides if side["scratch_bytes"] is not None]
+            work = f"{first['case']}, {first['dtype']}, {first['direction']}"
+            rows.append({"work": work, "side": name, **vars(fit), "scratch_bytes": [held[0], held[-1]] if held else []})
+    return rows
+
+
+def by_length(records: Iterable[Record]) -> list[list[Record]]:
+    """Records that differ in their length alone, where there are several."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        others = {key: value for key, value in record["sizes"].items() if key != "T"}
+        key = json.dumps([record.get("row"), record["case"], others, record["dtype"], record["direction"]])
+        groups.setdefault(key, []).append(record)
+    return [group for group in groups.values() if len({record["sizes"].get("T") for record in group}) > 1]
+
+
+def _ratio_text(ratio: Mapping[str, float]) -> str:
     """ "2.40 (2.31 to 2.52)", with the interval's coverage where it is below 95 %."""
     level = "" if ratio["level"] >= 0.95 else f", {ratio['level']:.0%}"
     return f"{ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}{level})"
 
 
-def goal_text(record: Record, side: str) -> str:
+def _goal_text(record: Record, side: str) -> str:
     """ "≥ 3.5, met" for the side that the goal is about, else nothing."""
     if record["goal"] is None or side != record["goal_peer"]:
         return ""
@@ -112,7 +142,7 @@ def _cells(record: Record, side: Mapping[str, Any]) -> list[str]:
     tokens = side.get("tokens_per_second")
     return [
         f"{_ms(side['median'])}\n({_ms(side['quartile_low'])} to {_ms(side['quartile_high'])})",
-        "" if ratio is None else ratio_text(ratio).replace(" (", "\n(", 1),
+        "" if ratio is None else _ratio_text(ratio).replace(" (", "\n(", 1),
         _rate(side, "flops", "FLOP/s"),
         _rate(side, "bytes", "B/s"),
         "" if tokens is None else f"{tokens:,.4g}" if tokens < 1000 else f"{tokens:,.0f}",
@@ -122,7 +152,7 @@ def _cells(record: Record, side: Mapping[str, Any]) -> list[str]:
 
 
 def _coloured_goal(record: Record, side: str) -> str:
-    text = goal_text(record, side)
+    text = _goal_text(record, side)
     return f"[{'green' if record['goal_met'] else 'red'}]goal {text}[/]" if text else ""
 
 

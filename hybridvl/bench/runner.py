@@ -74,9 +74,15 @@ class Measurement:
         return self.work.goal_peer or next(iter(self.ratios), "")
 
     def rates(self, side: Measured) -> dict[str, float]:
-        """Of a side: FLOP/s, bytes/s and tokens/s at its median, and the first two as shares of the limits."""
+        """Of a side: FLOP/s, bytes/s and tokens/s at its median, and the first two as shares of the limits.
+
+        FLOPs and bytes are those of our work: sides that do other work have tokens/s alone.
+        """
         seconds, work = side.spread.median, self.work
+        ours = work.sides[0].name
         found = {}
+        if side.name != ours and all(other.same_as != ours for other in work.sides if other.name == side.name):
+            return {"tokens_per_second": work.tokens / seconds} if work.tokens else {}
         for name, amount, limit in (
             ("flops", work.flops, self.limits and self.limits.matmul_flops),
             ("bytes", work.nbytes, self.limits and self.limits.bytes),

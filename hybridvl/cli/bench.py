@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,12 @@ from hybridvl.bench.runner import Settings, measure
 from hybridvl.bench.shapes import parse_lengths, parse_shape
 from hybridvl.bench.sides import UnequalWorkError, Work
 from hybridvl.bench.sizes import model_config
-from hybridvl.bench.stats import Growth, growth
 from hybridvl.bench.suite import suite_rows
 from hybridvl.cli.arguments import Arguments
 from hybridvl.cli.bench_arguments import parser
 from hybridvl.cli.mixer_flags import take_mixer_flags
 from hybridvl.cli.output import table_console, writable
 from hybridvl.layers.errors import ConfigError
-
-_FEWEST = 3  # lengths for which growth is told
 
 
 def main(argv: Sequence[str]) -> int:
@@ -152,7 +149,7 @@ def _suite(options: argparse.Namespace, run: _Run) -> int:
         machine = describe(run.device)
         kept[name] = [{**record, "machine": machine} for record in records]
         found = [record for name in rows for record in kept.get(name, [])]
-        path.write_text(report.to_json(found, machine, _growths(found)[1]), encoding="utf-8")
+        path.write_text(report.to_json(found, machine, report.growths(found)), encoding="utf-8")
         (folder / f"{options.name}.csv").write_text(report.to_csv(found), encoding="utf-8")
         (folder / f"{options.name}.md").write_text(_page(options.name, machine, found), encoding="utf-8")
         _draw_suite(options.name, found, folder)
@@ -188,18 +185,18 @@ def _draw_suite(name: str, records: Sequence[dict[str, Any]], folder: Path) -> N
     compared = [record for record in records if record["ratios"]]
     if compared:
         draw_ratios(compared, f"suite {name}", folder / f"{name}.png")
-    for group in _by_length(records):
+    for group in report.by_length(records):
         draw_growth(group, "T", group[0]["case"], folder / f"{name}-{group[0]['row']}.png")
 
 
 def _publish(options: argparse.Namespace, records: list[dict[str, Any]], run: _Run) -> None:
     console = table_console()
-    rows, fits = _growths(records)
+    fits = report.growths(records)
     machine = describe(run.device)
     if options.json != "-":
         console.print(report.results_table(records))
-        if rows:
-            console.print(report.growth_table(rows))
+        if fits:
+            console.print(report.growth_table(fits))
     texts: dict[str | None, Callable[[], str]] = {
         options.json: lambda: report.to_json(records, machine, fits),
         options.csv: lambda: report.to_csv(records),
@@ -213,39 +210,11 @@ def _publish(options: argparse.Namespace, records: list[dict[str, Any]], run: _R
     if options.png is not None:
         from hybridvl.bench.plots import draw_growth, draw_ratios  # matplotlib takes a second to import
 
-        if groups := list(_by_length(records)):
+        if groups := report.by_length(records):
             name = records[0]["case"]
             draw_growth([record for group in groups for record in group], "T", name, writable(options.png))
         else:
             draw_ratios(records, f"hybridvl bench {options.what}", writable(options.png))
-
-
-def _by_length(records: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Records that differ in their length alone, where there are several."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        others = {key: value for key, value in record["sizes"].items() if key != "T"}
-        key = json.dumps([record.get("row"), record["case"], others, record["dtype"], record["direction"]])
-        groups.setdefault(key, []).append(record)
-    return (group for group in groups.values() if len({record["sizes"].get("T") for record in group}) > 1)
-
-
-def _growths(records: Iterable[dict[str, Any]]) -> tuple[list[tuple[str, str, Growth]], list[dict[str, Any]]]:
-    """How the time of every side grows, where three lengths were measured: for the table, and as plain values."""
-    rows = []
-    for group in _by_length(records):
-        for name in dict.fromkeys(side["name"] for record in group for side in record["sides"]):
-            points = [(r["sizes"]["T"], side["median"]) for r in group for side in r["sides"] if side["name"] == name]
-            if len(points) >= _FEWEST:
-                first = group[0]
-                rows.append(
-                    (
-                        f"{first['case']}, {first['dtype']}, {first['direction']}",
-                        name,
-                        growth(*zip(*points, strict=True)),
-                    )
-                )
-    return rows, [{"work": work, "side": side, **vars(fit)} for work, side, fit in rows]
 
 
 def _no_mixers(mixers: dict[str, Any]) -> None:
