@@ -36,8 +36,6 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(rest)
     if options.out is None and not options.dry_run:
         parser.error("--out is required, unless with --dry-run")
-    if options.json not in (None, "-"):
-        writable(options.json)
     mixers = _mixers_file(options.mixers)
     for name, given in flags.items():
         mixers[name] = {**_mapping(mixers.get(name, {}), f"{options.mixers}: {name}"), **given}
@@ -49,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
         folders.append(Path(options.out))
     if options.json not in (None, "-"):
         check_report(Path(options.json), folders)
+        writable(options.json)
     conversion = prepare(checkpoint, options.pattern, options.inherit, mixers, layers)
     config_values(FORMATS[options.format], conversion.config)  # before any work: can the format express it?
     if options.json != "-":

@@ -182,6 +182,7 @@ def test_a_report_in_the_place_of_the_model(
     command = [source, "--pattern", "gdn*4", "--out", out, "--json"]
     for folder in (out, source, tmp_path / "source" / ".." / "out"):
         refused(capsys, [*command, folder / name], f"{name} is a file of the model; expected another name for the")
+    assert not out.exists()
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
     converted(capsys, *command, out / "report.json")
     assert hybridvl.load(out).pattern == "gdn*4"

@@ -36,6 +36,11 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"hybridvl {hybridvl.__version__}\n"
 
 
+def test_as_a_module() -> None:
+    found = subprocess.run([sys.executable, "-m", "hybridvl", "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout == f"hybridvl {hybridvl.__version__}\n"
+
+
 def test_nothing_asked_prints_the_help_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "commands:" in capsys.readouterr().err
