@@ -31,7 +31,7 @@ SIZES = [
     (1, 40, 4, 2, 16, 16, (0, 17)),
     (5, 37, 6, 2, 20, 12, (100, 37)),
     (33, 70, 2, 1, 16, 24, (70, 3)),
-    (90, 16, 4, 4, 8, 8, (1000, 11)),
+    (40, 16, 2, 2, 8, 8, (1000, 11)),
     (70, 69, 3, 1, 16, 16, (35, 68)),
     (3, 1, 2, 2, 16, 16, (5, 0)),
 ]
@@ -56,7 +56,7 @@ def test_ring(
 
 @pytest.mark.parametrize(("dtype", "splits"), [(torch.float32, 4), (torch.bfloat16, 1)])
 @pytest.mark.parametrize(
-    ("tokens", "slots", "lengths"), [(1, 40, (0, 17)), (1, 33, (33, 500)), (7, 80, (73, 20)), (40, 41, (1, 0))]
+    ("tokens", "slots", "lengths"), [(1, 40, (0, 17)), (1, 33, (33, 500)), (7, 80, (73, 20)), (20, 41, (1, 0))]
 )
 def test_cache(tokens: int, slots: int, lengths: tuple[int, int], splits: int, dtype: torch.dtype) -> None:
     q, _, _, k, v = tensors(2, tokens, 2 * slots, 4, 2, 20, 24, dtype)
@@ -67,7 +67,7 @@ def test_cache(tokens: int, slots: int, lengths: tuple[int, int], splits: int, d
     assert_near([found], [right], 2e-6 if dtype == torch.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("tokens", [1, 6])
 def test_the_operators_reach_the_kernels(tokens: int) -> None:
     q, k, v, ring_k, ring_v = tensors(2, tokens, 48, 4, 2, 16, 16, torch.float32)
     length = torch.tensor([12, 300])
