@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from hybridvl.checkpoints import open_checkpoint
-from hybridvl.checkpoints.files import read_text
+from hybridvl.checkpoints.files import read_text, usable_path
 from hybridvl.checkpoints.formats import FORMATS
 from hybridvl.checkpoints.saving import config_values
 from hybridvl.cli.arguments import Arguments
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         check_folder(Path(options.out), checkpoint.folder, options.force)
         folders.append(Path(options.out))
     if options.json not in (None, "-"):
-        check_report(Path(options.json), folders)
+        check_report(usable_path(options.json), folders)
         writable(options.json)
     conversion = prepare(checkpoint, options.pattern, options.inherit, mixers, layers)
     config_values(FORMATS[options.format], conversion.config)  # before any work: can the format express it?
