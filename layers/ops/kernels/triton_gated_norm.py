@@ -36,8 +36,9 @@ class _GatedNorm(torch.autograd.Function):
         if rows:
             with on_device(x):
                 _forward[(triton.cdiv(rows, tile[0]), groups)](
-                    x, gate, weight, y, rows, eps, groups * group, group, gate is not None, gate_first, *tile
-                )
+                    x, gate, weight, y, rows, eps, groups * group, group, gate is not None, gate_first, *tile,
+                    num_warps=_warps(tile),
+                )  # fmt: skip
         return y
 
     @staticmethod
@@ -53,7 +54,7 @@ class _GatedNorm(torch.autograd.Function):
             with on_device(x):
                 _backward[(programs, groups)](
                     x, gate, weight, dy.contiguous(), dx, dgate, partial,
-                    rows, eps, groups * group, group, gate is not None, gate_first, *tile,
+                    rows, eps, groups * group, group, gate is not None, gate_first, *tile, num_warps=_warps(tile),
                 )  # fmt: skip
         return dx, dgate, partial.sum(0).to(weight.dtype), None, None, None
 
@@ -64,6 +65,11 @@ def _sizes(x: Tensor, groups: int) -> tuple[int, int, tuple[int, int]]:
     columns = power_of_two(width // groups)
     rows = x.numel() // width if width else 0
     return rows, width // groups, (min(max(_TILE // columns, 1), power_of_two(max(rows, 1))), columns)
+
+
+def _warps(tile: tuple[int, int]) -> int:
+    """About 16 numbers a thread, so that a tile and its gradients stay in registers."""
+    return min(max(tile[0] * tile[1] // 512, 1), 16)
 
 
 @triton.jit

@@ -51,7 +51,7 @@ def mamba2_step(
         )  # fmt: skip
         _finish[(groups + triton.cdiv(total, 1024), batch)](
             z, channels, read, norm_weight, y, conv, norm_eps, groups, inner, total, width,
-            power_of_two(width), power_of_two(inner // groups), 128, num_warps=4,
+            power_of_two(width), power_of_two(inner // groups), 128, num_warps=8,
         )  # fmt: skip
     return y
 
