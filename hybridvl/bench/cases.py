@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from hybridvl.bench.sides import Work
 from hybridvl.layers.errors import ConfigError
@@ -25,6 +26,8 @@ class Request:
         peers: names of peers, or None for those of the device; empty for ours alone.
         backend: of our side.
         decay: "mild" decays as in training, or "strong": from near 0 to -60 a step.
+        rounded: dtype that inputs are rounded to before they get `dtype`, so that a float64 reference has the same.
+        cotangents: what the backward pass starts from, by output; filled by the first side that runs.
     """
 
     sizes: Mapping[str, int]
@@ -34,11 +37,17 @@ class Request:
     peers: tuple[str, ...] | None = None
     backend: str = "auto"
     decay: str = "mild"
+    rounded: torch.dtype | None = None
+    cotangents: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def direction(self) -> str:
         """In words."""
         return BOTH if self.backward else FORWARD
+
+    def cast(self, tensor: Tensor) -> Tensor:
+        """A tensor in the dtype asked for."""
+        return tensor.to(self.rounded or self.dtype).to(self.dtype)
 
     @property
     def dtype_name(self) -> str:
@@ -56,6 +65,7 @@ class Case:
         build: makes the work.
         length: the letter of the sequence length; "" where there is none.
         differentiable: whether it has a backward pass.
+        has_reference: whether our side computes in float64 with the backend "reference" (`with_reference`).
         peers: by kind of device, the names of its peers.
     """
 
@@ -66,6 +76,7 @@ class Case:
     peers: Mapping[str, tuple[str, ...]]
     length: str = "T"
     differentiable: bool = True
+    has_reference: bool = False
 
     def chosen_peers(self, request: Request) -> tuple[str, ...]:
         """The names asked for, checked, or those of the device."""

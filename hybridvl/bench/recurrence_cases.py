@@ -45,7 +45,7 @@ def sequence_work(
     if request.backward:
         for leaf in leaves.values():
             leaf.requires_grad_()
-    cotangents: dict[str, Tensor] | None = {} if request.backward else None
+    cotangents = request.cotangents if request.backward else None
     sides: list[Side] = []
     for name, call in calls.items():
         sides.append(tensor_side(name, call, leaves, cotangents, same_as=OURS if sides else None))
@@ -69,10 +69,10 @@ def sequence_work(
 def _delta_rule(request: Request) -> Work:
     batch, tokens, heads, keys, values = (request.sizes[letter] for letter in "BTHKV")
     torch.manual_seed(0)
-    device, dtype = request.device, request.dtype
-    q, k = (F.normalize(torch.randn(batch, tokens, heads, keys, device=device), dim=-1).to(dtype) for _ in range(2))
+    device, cast = request.device, request.cast
+    q, k = (cast(F.normalize(torch.randn(batch, tokens, heads, keys, device=device), dim=-1)) for _ in range(2))
     leaves = {
-        **{"q": q, "k": k, "v": torch.randn(batch, tokens, heads, values, device=device).to(dtype)},
+        **{"q": q, "k": k, "v": cast(torch.randn(batch, tokens, heads, values, device=device))},
         **{"g": log_decays((batch, tokens, heads), request.decay, device)},
         **{"beta": torch.rand(batch, tokens, heads, device=device)},
     }
@@ -118,15 +118,14 @@ def _fla_delta_rule(leaves: dict[str, Tensor]) -> Callable[[], Results]:
 def _scan(request: Request) -> Work:
     batch, tokens, heads, dim, state_dim, groups = (request.sizes[letter] for letter in "BTHPNG")
     torch.manual_seed(0)
-    device, dtype = request.device, request.dtype
+    device, cast = request.device, request.cast
     step = torch.rand(batch, tokens, heads, device=device) * 0.1 + 1e-3
     rate = -torch.linspace(1, 16, heads, device=device)
     if request.decay == "strong":
         step = log_decays((batch, tokens, heads), "strong", device) / rate
     leaves = {
-        **{"x": torch.randn(batch, tokens, heads, dim, device=device).to(dtype), "dt": step, "A": rate},
-        **{"B": torch.randn(batch, tokens, groups, state_dim, device=device).to(dtype)},
-        **{"C": torch.randn(batch, tokens, groups, state_dim, device=device).to(dtype)},
+        **{"x": cast(torch.randn(batch, tokens, heads, dim, device=device)), "dt": step, "A": rate},
+        **{name: cast(torch.randn(batch, tokens, groups, state_dim, device=device)) for name in "BC"},
         "D": torch.ones(heads, device=device),
     }
 
@@ -178,6 +177,7 @@ DELTA_RULE = Case(
     sizes={"B": 1, "T": 2048, "H": 16, "K": 128, "V": 128},
     build=_delta_rule,
     peers={"cpu": ("transformers",), "cuda": ("fla", "transformers")},
+    has_reference=True,
 )
 SCAN = Case(
     name="mamba2-scan",
@@ -185,5 +185,6 @@ SCAN = Case(
     sizes={"B": 1, "T": 2048, "H": 32, "P": 64, "N": 128, "G": 1},
     build=_scan,
     peers={"cpu": ("transformers",), "cuda": ("mamba-ssm", "transformers")},
+    has_reference=True,
 )
 CASES = (DELTA_RULE, SCAN)

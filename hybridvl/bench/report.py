@@ -97,6 +97,20 @@ def growth_table(rows: Sequence[Record]) -> Table:
     return table
 
 
+def errors_table(records: Sequence[Record]) -> Table:
+    """A row for every result of works with a float64 reference: the relative error of each side."""
+    names = list(dict.fromkeys(side for record in records for side in record["errors"]))
+    table = Table(title="errors against float64", box=box.ROUNDED)
+    for name in ("work", "result", *names):
+        table.add_column(escape(name))
+    for record in (record for record in records if record["errors"]):
+        for index, result in enumerate(next(iter(record["errors"].values()))):
+            cells = [f"{record['errors'][name][result]:.2e}" if name in record["errors"] else "" for name in names]
+            table.add_row(escape(record["title"]) if index == 0 else "", result, *cells)
+        table.add_section()
+    return table
+
+
 def growths(records: Sequence[Record]) -> list[dict[str, Any]]:
     """How the time of every side grows where so many lengths were measured, and its scratch memory at their ends."""
     rows = []

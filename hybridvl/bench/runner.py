@@ -8,7 +8,7 @@ from typing import Any
 
 from hybridvl.bench.machine import Limits
 from hybridvl.bench.memory import Peak, peak_memory
-from hybridvl.bench.sides import Work, compare
+from hybridvl.bench.sides import Work, compare, errors
 from hybridvl.bench.stats import Ratio, Spread, ratio, spread
 from hybridvl.bench.timing import Timer, interleave, timer
 
@@ -53,12 +53,14 @@ class Measurement:
         sides: ours first.
         ratios: of every other side's time over ours, by its name.
         differences: of compared results, by side and result, relative in the Euclidean norm.
+        errors: of all results from a float64 reference, where the work has one.
     """
 
     work: Work
     sides: tuple[Measured, ...]
     ratios: dict[str, Ratio]
     differences: dict[str, dict[str, float]]
+    errors: dict[str, dict[str, float]]
     limits: Limits | None
 
     @property
@@ -110,11 +112,11 @@ class Measurement:
             "sides": [self._side_dict(side) for side in self.sides],
             "ratios": {name: vars(found) for name, found in self.ratios.items()},
             "differences": self.differences,
+            "errors": self.errors,
             "goal": work.goal,
             "goal_peer": self.goal_peer,
             "goal_met": self.goal_met,
             "limits": None if self.limits is None else vars(self.limits),
-            "notes": list(work.notes),
         }
 
     def _side_dict(self, side: Measured) -> dict[str, Any]:
@@ -137,7 +139,7 @@ def measure(
     """Compare the sides, then time them in turns; raises UnequalWorkError before anything is timed."""
     say = progress or (lambda text: None)
     say(f"{work.title}: comparing")
-    differences = compare(work)
+    differences, wrong = compare(work), errors(work)
     seconds = interleave(
         work.sides,
         settings.rounds,
@@ -149,4 +151,4 @@ def measure(
     sides = tuple(Measured(side.name, tuple(seconds[side.name]), peaks[side.name]) for side in work.sides)
     first, *others = sides
     ratios = {other.name: ratio(other.seconds, first.seconds) for other in others}
-    return Measurement(work, sides, ratios, differences, limits)
+    return Measurement(work, sides, ratios, differences, wrong, limits)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class Work:
         nbytes: what must at least be read and written.
         tokens: for tokens per second.
         tolerance: of compared results, relative in the Euclidean norm.
+        reference: the results in float64, that every side's errors are measured from.
         goal: least ratio peer / ours that is aimed at.
         goal_peer: name of the side the goal is about; None: the second.
     """
@@ -63,8 +64,7 @@ class Work:
     tolerance: float = 1e-4
     goal: float | None = None
     goal_peer: str | None = None
-    length: str = "T"
-    notes: tuple[str, ...] = field(default=())
+    reference: Callable[[], Results] | None = None
 
     @property
     def title(self) -> str:
@@ -94,6 +94,19 @@ def compare(work: Work) -> dict[str, dict[str, float]]:
         if side.same_as is not None:
             differences[side.name] = _differences(work, side, found, kept[side.same_as])
     return differences
+
+
+def errors(work: Work) -> dict[str, dict[str, float]]:
+    """Relative errors of every side's results from the reference, by side and result; nothing without a reference."""
+    if work.reference is None:
+        return {}
+    # The first side fills the cotangents that the reference shares.
+    found = {side.name: side.run() for side in work.sides}
+    exact = work.reference()
+    return {
+        side: {name: relative_difference(value, exact[name]) for name, value in results.items()}
+        for side, results in found.items()
+    }
 
 
 def tensor_side(

@@ -25,7 +25,7 @@ def _attention(request: Request, case: Case, window: int | None) -> Work:
     torch.manual_seed(0)
     shapes = {"q": heads, "k": kv_heads, "v": kv_heads}
     leaves = {
-        name: torch.randn(batch, tokens, count, dim, device=request.device).to(request.dtype)
+        name: request.cast(torch.randn(batch, tokens, count, dim, device=request.device))
         for name, count in shapes.items()
     }
 
@@ -87,8 +87,8 @@ def _conv(request: Request) -> Work:
     batch, tokens, channels, width = (request.sizes[letter] for letter in "BTDW")
     torch.manual_seed(0)
     leaves = {
-        "x": torch.randn(batch, tokens, channels, device=request.device).to(request.dtype),
-        "weight": torch.randn(channels, width, device=request.device).to(request.dtype) / width,
+        "x": request.cast(torch.randn(batch, tokens, channels, device=request.device)),
+        "weight": request.cast(torch.randn(channels, width, device=request.device) / width),
     }
 
     def ours() -> Results:
@@ -111,7 +111,7 @@ def _norm(request: Request) -> Work:
     batch, tokens, heads, dim = (request.sizes[letter] for letter in "BTHV")
     torch.manual_seed(0)
     shape = (batch, tokens, heads, dim)
-    leaves = {name: torch.randn(shape, device=request.device).to(request.dtype) for name in ("x", "gate")}
+    leaves = {name: request.cast(torch.randn(shape, device=request.device)) for name in ("x", "gate")}
     norm = GatedRMSNorm(dim, 1e-6).to(request.device, request.dtype)
 
     def ours() -> Results:
@@ -137,6 +137,7 @@ WINDOW = Case(
     sizes={"B": 1, "T": 8192, **_HEADS, "W": 512},
     build=_windowed,
     peers={"cpu": ("sdpa-dense-mask",), "cuda": ("flash-attn", "sdpa-dense-mask")},
+    has_reference=True,
 )
 FULL = Case(
     name="full-attention",
@@ -144,6 +145,7 @@ FULL = Case(
     sizes={"B": 1, "T": 2048, **_HEADS},
     build=_full,
     peers={"cpu": ("sdpa-causal",), "cuda": ("flash-attn", "sdpa-causal")},
+    has_reference=True,
 )
 CONV = Case(
     name="causal-conv",
@@ -151,6 +153,7 @@ CONV = Case(
     sizes={"B": 1, "T": 2048, "D": 4096, "W": 4},
     build=_conv,
     peers={"cpu": ("transformers",), "cuda": ("transformers",)},
+    has_reference=True,
 )
 NORM = Case(
     name="gated-norm",
@@ -158,5 +161,6 @@ NORM = Case(
     sizes={"B": 1, "T": 2048, "H": 16, "V": 256},
     build=_norm,
     peers={"cpu": ("transformers",), "cuda": ("transformers",)},
+    has_reference=True,
 )
 CASES = (WINDOW, FULL, CONV, NORM)

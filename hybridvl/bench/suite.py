@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from hybridvl.bench.cases import Request
-from hybridvl.bench.catalogue import find_case
+from hybridvl.bench.catalogue import build, find_case
 from hybridvl.bench.model_cases import QWEN3_NEXT, QWEN25, ModelRequest, decode_works, train_work
 from hybridvl.bench.shapes import parse_shape
 from hybridvl.bench.sides import Work
@@ -27,6 +27,15 @@ GROWTH_SHAPES = {
     "window-attention": "B1 H4 Hkv2 K128 W512",
 }
 """Operators whose cost must be linear in the length, and the sizes at which that is shown."""
+
+
+_ERRORS = {
+    "gated-delta-rule": "B2 T333 H4 K64 V128",
+    "mamba2-scan": "B2 T333 H4 P64 N128",
+    "window-attention": "B2 T333 H4 Hkv2 K64 W100",
+    "causal-conv": "B2 T333 D256",
+    "gated-norm": "B2 T333 H4 V128",
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +69,8 @@ def _cpu_rows() -> Iterator[Row]:
     yield _op("delta-rule-infinitevl", "gated-delta-rule", _INFINITEVL, _F32, both, 3.5, rounds=5)
     for backward in (forward, both):
         yield Row(f"decays-{_way(backward)}", partial(_decays, wide, backward))
+    for case, shape in _ERRORS.items():
+        yield Row(f"errors-{case}", partial(_errors, case, shape), rounds=3)
     yield _op("decode-step", "gdn-step", "B1 H16 K128 V256 L24", _F32, forward, 3.0, rounds=15)
     yield _op("decode-step-rule", "delta-rule-step", "B1 H16 K128 V256 L24", _F32, forward, 3.0, rounds=15)
     yield _op("decode-step-mamba2", "mamba2-step", "B1 H32 P64 N128 L24", _F32, forward, 3.0, rounds=15)
@@ -102,6 +113,17 @@ def _decays(shape: str, backward: bool) -> list[Work]:
     mild, strong = (case.build(dataclasses.replace(request, decay=decay)) for decay in ("mild", "strong"))
     other = dataclasses.replace(strong.sides[0], name="hybridvl, strong decays")
     return [dataclasses.replace(mild, name="gated-delta-rule decays", sides=(*mild.sides, other))]
+
+
+def _errors(name: str, shape: str) -> Iterator[Work]:
+    """Errors of both sides against float64, forward and backward, at a ragged length: in both dtypes, and for the
+    recurrences also with decays from near 0 to -60 a step."""
+    case = find_case(name)
+    recurrent = name in ("gated-delta-rule", "mamba2-scan")
+    for dtype in (_F32, _BF16):
+        for decay in ("mild", "strong") if recurrent else ("mild",):
+            request = Request(parse_shape(shape, case.sizes), dtype=dtype, backward=True, decay=decay)
+            yield build(case, request, errors=True)
 
 
 def _train(dtype: torch.dtype, goal: float | None, peer_decays: bool = True) -> list[Work]:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from hybridvl.bench import report
 from hybridvl.bench.cases import Request
-from hybridvl.bench.catalogue import CASES, find_case
+from hybridvl.bench.catalogue import CASES, build, find_case
 from hybridvl.bench.machine import Limits, describe, measure_limits, usable_device
 from hybridvl.bench.model_cases import QWEN3_NEXT, QWEN25, ModelRequest, decode_works, prefill_works, train_work
 from hybridvl.bench.runner import Settings, measure
@@ -88,7 +88,8 @@ def _ops(options: argparse.Namespace, mixers: dict[str, Any]) -> Iterator[Work]:
     dtype = getattr(torch, options.dtype)
     for backward in directions:
         for sizes in shapes:
-            yield case.build(Request(sizes, dtype, options.device, backward, peers, options.backend, options.decay))
+            request = Request(sizes, dtype, options.device, backward, peers, options.backend, options.decay)
+            yield build(case, request, options.errors)
 
 
 def _train(options: argparse.Namespace, mixers: dict[str, Any]) -> Iterator[Work]:
@@ -195,6 +196,8 @@ def _publish(options: argparse.Namespace, records: list[dict[str, Any]], run: _R
     machine = describe(run.device)
     if options.json != "-":
         console.print(report.results_table(records))
+        if any(record["errors"] for record in records):
+            console.print(report.errors_table(records))
         if fits:
             console.print(report.growth_table(fits))
     texts: dict[str | None, Callable[[], str]] = {

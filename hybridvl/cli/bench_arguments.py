@@ -60,6 +60,7 @@ def _ops(part: argparse.ArgumentParser) -> None:
         "--direction", choices=("forward", "backward", "both"), default="forward", help="backward has forward in it"
     )
     part.add_argument("--peer", nargs="+", metavar="NAME", help="default: the device's; none: ours alone")
+    part.add_argument("--errors", action="store_true", help="also errors against the float64 reference (slow)")
     part.add_argument("--backend", default="auto", help="of our side")
     part.add_argument("--decay", choices=("mild", "strong"), default="mild", help="strong: near 0 to -60 a step")
 

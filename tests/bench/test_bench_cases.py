@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hybridvl.bench.cases import Request
-from hybridvl.bench.catalogue import CASES, find_case
+from hybridvl.bench.catalogue import CASES, build, find_case
 from hybridvl.bench.machine import Limits
 from hybridvl.bench.runner import Settings, measure
-from hybridvl.bench.sides import Results, Side, UnequalWorkError, Work, compare, tensor_side
+from hybridvl.bench.sides import Results, Side, UnequalWorkError, Work, compare, errors, tensor_side
 from hybridvl.layers import ConfigError
 
 SMALL = {"B": 2, "T": 70, "H": 4, "Hkv": 2, "K": 16, "V": 32, "P": 16, "N": 16, "D": 64, "W": 4, "L": 2}
@@ -42,6 +42,20 @@ def test_sides_agree_on_strong_decays(name: str) -> None:
     work = small(name, backward=True, decay="strong")
     assert "decay strong" in work.title
     assert compare(work)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.has_reference])
+def test_errors_against_float64(name: str, dtype: torch.dtype) -> None:
+    case = find_case(name)
+    sizes = {letter: SMALL.get(letter, size) for letter, size in case.sizes.items()}
+    work = build(case, Request(sizes, dtype=dtype, backward=True), errors=True)
+    found = errors(work)
+    assert set(found) == {side.name for side in work.sides}
+    for side in found.values():
+        assert side.keys() == work.sides[0].run().keys()
+        assert 0 < max(side.values()) < (1e-5 if dtype == torch.float32 else 2e-2)
+    assert errors(case.build(Request(sizes))) == {}
 
 
 def test_ours_alone() -> None:
@@ -122,5 +136,7 @@ def test_unknown_names() -> None:
         ConfigError, match="--peer 'fla': gated-delta-rule has no such peer on cpu; known: transformers"
     ):
         small("gated-delta-rule", peers=("fla",))
+    with pytest.raises(ConfigError, match="--errors: gdn-step has no float64 reference; expected one of gated-delta"):
+        build(find_case("gdn-step"), Request(find_case("gdn-step").sizes, peers=()), errors=True)
     with pytest.raises(ConfigError, match="H4 Hkv3: expected H to be a multiple of Hkv"):
         find_case("window-attention").build(Request({**SMALL, "Hkv": 3}))

@@ -34,8 +34,9 @@ def test_operators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = {kind: tmp_path / "out" / f"ops.{kind}" for kind in ("json", "csv", "markdown", "png")}
     files = [word for kind, path in paths.items() for word in (f"--{kind}", str(path))]
     lengths = ["--lengths", "70", "140", "280"]
-    assert main([*OPS, *lengths, "--direction", "both", *files]) == 0
+    assert main([*OPS, *lengths, "--direction", "both", "--errors", *files]) == 0
     shown = capsys.readouterr().out
+    assert "errors against float64" in shown
     assert "gated-delta-rule B1 T280 H2 K16 V16" in shown
     assert "growth with length" in shown
     report = json.loads(paths["json"].read_text())
@@ -49,6 +50,7 @@ def test_operators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert record["ratios"]["transformers"]["low"] <= record["ratios"]["transformers"]["high"]
         assert max(record["differences"]["transformers"].values()) < 1e-4
         assert record["limits"]["matmul_flops"] > 0
+        assert max(record["errors"]["hybridvl"].values()) < 1e-5
         assert record["flops"] > 0
     assert [(row["side"], row["work"].split(", ")[-1]) for row in report["growth"]] == [
         (side, way) for way in ("forward", "forward + backward") for side in ("hybridvl", "transformers")
