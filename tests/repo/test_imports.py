@@ -25,6 +25,7 @@ LEVELS = [
     {"training"},
     {"bench"},
     {"cli"},
+    {"__main__"},
 ]
 ALLOWED_WITHIN_LEVEL = {("models", "pattern")}
 LEVEL = {part: level for level, parts in enumerate(LEVELS) for part in parts}
