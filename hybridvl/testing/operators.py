@@ -1,4 +1,4 @@
-"""Every operator's backends against its float64 reference, on small inputs of ragged sizes."""
+"""Every operator's backends against its float64 reference, with gradients, on small inputs of ragged sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hybridvl.layers.ops.mamba2_step import mamba2_step
 from hybridvl.layers.ops.ring_attention import cached_attention, ring_attention
 
 Run = Callable[[str], list[Tensor]]
-"""Backend -> outputs, and the states that were updated."""
+"""Backend -> outputs, then gradients of the inputs, or the states that were updated."""
 _Draw = Callable[..., Tensor]
 
 TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 4e-2}
@@ -105,9 +105,24 @@ def _recurrences(draw: _Draw) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return draw(*sizes, 64), draw(*sizes, 64), draw(*sizes, 64), draw(*sizes), draw(*sizes)
 
 
+def _with_gradients(run: Run, *leaves: Tensor) -> Run:
+    """The outputs and the gradients of the leaves, of the sum of the outputs' squares."""
+
+    def both(backend: str) -> list[Tensor]:
+        with torch.enable_grad():
+            outputs = run(backend)
+            total = torch.stack([output.double().square().sum() for output in outputs]).sum()
+            gradients = torch.autograd.grad(total, leaves)
+        return [*(output.detach() for output in outputs), *gradients]
+
+    for leaf in leaves:
+        leaf.requires_grad_()
+    return both
+
+
 def _attention(draw: _Draw) -> Run:
     q, k, v, _, _ = _recurrences(draw)
-    return lambda backend: [attention(q, k, v, window=16, backend=backend)]
+    return _with_gradients(lambda backend: [attention(q, k, v, window=16, backend=backend)], q, k, v)
 
 
 def _ring_attention(draw: _Draw) -> Run:
@@ -125,24 +140,34 @@ def _ring_attention(draw: _Draw) -> Run:
 
 def _gated_delta_rule(draw: _Draw) -> Run:
     q, k, v, a, b = _recurrences(draw)
-    return lambda backend: list(
-        gated_delta_rule(q, k, v, F.logsigmoid(a), b.sigmoid(), qk_l2norm=True, backend=backend)
-    )
+
+    def run(backend: str) -> list[Tensor]:
+        return list(gated_delta_rule(q, k, v, F.logsigmoid(a), b.sigmoid(), qk_l2norm=True, backend=backend))
+
+    return _with_gradients(run, q, k, v, a, b)
 
 
 def _ssd(draw: _Draw) -> Run:
     c, b, x, a, rates = _recurrences(draw)
-    return lambda backend: list(ssd(x, F.softplus(a), -rates[0, 0].exp(), b, c, backend=backend))
+
+    def run(backend: str) -> list[Tensor]:
+        return list(ssd(x, F.softplus(a), -rates[0, 0].exp(), b, c, backend=backend))
+
+    return _with_gradients(run, x, a, rates, b, c)
 
 
 def _causal_conv(draw: _Draw) -> Run:
     x, weight = draw(2, 75, 128), draw(128, 4)
-    return lambda backend: list(causal_conv(x, weight, backend=backend))
+    return _with_gradients(lambda backend: list(causal_conv(x, weight, backend=backend)), x, weight)
 
 
 def _gated_rms_norm(draw: _Draw) -> Run:
     x, gate, weight = draw(5, 75), draw(5, 75), draw(75)
-    return lambda backend: [gated_rms_norm(x, gate, weight, 1e-5, groups=3, backend=backend)]
+
+    def run(backend: str) -> list[Tensor]:
+        return [gated_rms_norm(x, gate, weight, 1e-5, groups=3, backend=backend)]
+
+    return _with_gradients(run, x, gate, weight)
 
 
 def _gated_delta_net_step(draw: _Draw) -> Run:
