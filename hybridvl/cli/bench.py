@@ -46,6 +46,9 @@ def main(argv: Sequence[str]) -> int:
     run = _Run(settings, device, Console(stderr=True))
     if options.what == "suite":
         return _suite(options, run)
+    for path in (options.json, options.csv, options.markdown, options.png):
+        if path not in (None, "-"):
+            writable(path)  # before the work, not after it
     works = {"ops": _ops, "train": _train, "prefill": _prefill, "decode": _decode}[options.what]
     try:
         records = [run.record(work) for work in works(options, mixers)]

@@ -177,6 +177,7 @@ def test_the_page_names_every_case() -> None:
         (["ops", "--backend", "fla"], "'fla' cannot be used"),
         (["ops", "--device", "gpu"], "--device 'gpu': expected cpu, cuda or cuda:N"),
         (["ops", "--device", "meta"], "--device meta: expected cpu"),
+        (["ops", "--case", "nothing", "--png", "."], ".: is a folder; expected the name of a file to write"),
         (["ops", "--rounds", "-1"], "--rounds -1: expected at least 1"),
         (["ops", "--threads", "0"], "--threads 0: expected at least 1"),
         (["ops", "--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
