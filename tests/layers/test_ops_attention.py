@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from hybridvl.layers.errors import ConfigError
-from hybridvl.layers.ops import attention
+from hybridvl.layers.ops import attention, banded_attention
 from hybridvl.layers.ops.attention import attention_flops
 
 BACKENDS = ("reference", "torch")
@@ -188,6 +188,35 @@ def test_windowed_errors_are_no_larger_than_those_of_sdpa(heads: int, kv_heads: 
         assert got < 1.25 * peer, (name, got, peer)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_processors_with_a_matrix_unit(
+    kv_heads: int, padded: bool, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, bfloat16 blocks go through SDPA; the numbers are the same but for rounding."""
+    calls = []
+    fused = banded_attention._FusedUnit._fused
+    monkeypatch.setattr(banded_attention, "_MATRIX_UNIT", True)
+    monkeypatch.setattr(banded_attention._FusedUnit, "_fused", lambda *given: calls.append(1) or fused(*given))
+    rows = 1 if packed else 2
+    low = [x.bfloat16() for x in random_inputs(300, batch=rows, kv_heads=kv_heads)]
+    allowed, options = band(rows, 300, 300, 70), {}
+    if padded:
+        real = torch.rand(rows, 300, generator=torch.Generator().manual_seed(0)) > 0.9
+        options = {"key_padding_mask": real}
+        allowed &= real[:, None]
+    if packed and not padded:
+        bounds = torch.tensor([0, 10, 150, 300])
+        options = {"cu_seqlens": bounds}
+        allowed &= torch.bucketize(torch.arange(300), bounds, right=True)[:, None].eq(
+            torch.bucketize(torch.arange(300), bounds, right=True)
+        )
+    got = with_gradients(partial(attention, window=70, backend="torch", **options), low)
+    assert_same(got, with_gradients(partial(by_hand, allowed=allowed), [x.double() for x in low]), 2e-2)
+    assert calls
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("padded", [False, True])
 def test_scratch_may_hold_anything(padded: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +248,7 @@ def test_packed_segments_short_and_long(window: int | None) -> None:
 
 _PEAK = """
 import resource, sys, torch
-from hybridvl.layers.ops import attention
+from hybridvl.layers.ops import attention, banded_attention
 torch.set_num_threads(1)
 tokens = int(sys.argv[1])
 q, k, v = (torch.randn(1, tokens, heads, 32, requires_grad=True) for heads in (4, 1, 1))
