@@ -14,7 +14,7 @@ from sklearn.linear_model import LinearRegression
 from torch import Tensor, nn
 
 from hybridvl.bench.filling import fill_layer, filled_state
-from hybridvl.bench.machine import describe, measure_limits, overhead
+from hybridvl.bench.machine import cache_size, describe, measure_limits, overhead
 from hybridvl.bench.sides import Results
 from hybridvl.bench.sizes import model_config
 from hybridvl.bench.timing import Timer, timer
@@ -27,7 +27,7 @@ from hybridvl.models.config import ModelConfig
 from hybridvl.models.decoder import ModelState
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.pattern import parse_pattern
-from hybridvl.plan.prediction import MODES, Calibration, Pass, mixer_features, mlp_features
+from hybridvl.plan.prediction import CACHED, MODES, Calibration, Pass, mixer_features, mlp_features
 from hybridvl.training.losses import linear_cross_entropy
 from hybridvl.training.optim import OptimizerConfig, build_optimizer
 
@@ -36,8 +36,9 @@ _PASSES = (
     *(Pass("train", 1, 256), Pass("train", 1, 1024), Pass("train", 4, 256)),
     *(Pass("prefill", 1, 256, 0), Pass("prefill", 1, 1024, 0), Pass("prefill", 1, 512, 1536)),
     *(Pass("decode", 1, 1, 256), Pass("decode", 1, 1, 4096)),
+    *(Pass(CACHED, 1, 1, 256), Pass(CACHED, 1, 1, 4096)),
 )
-_MLPS = ((256, 1024), (640, 1792), (1024, 2816))  # width, hidden width
+_MLPS = ((256, 1024), (640, 1792), (1024, 2816))  # width, hidden width; the last one does not fit into a cache
 _HEADS = ((256, 2048, 512), (256, 8192, 1024), (640, 4096, 512), (128, 16384, 256))  # width, vocabulary, tokens
 _WINDOW = 512  # of `swa` here: less than the longest passes, so that they see the ring turn
 _LEAST_BYTES = 64 << 20  # of weights that decoding goes through in turn: in a model they come from memory
@@ -95,29 +96,32 @@ class Calibrator:
         self._say("matrix products and memory")
         found = measure_limits(self.dtype, self.device, self._measure)
         limits = {"copy_bytes": found.copy_bytes, "inplace_bytes": found.inplace_bytes, "overhead": overhead()}
+        limits["cache_bytes"] = cache_size(self.device)
         for size in (64, 256, 1024):
             a, b = (torch.randn(size, size, device=self.device, dtype=self.dtype) for _ in range(2))
             limits[f"matmul_{size}"] = 2 * size**3 / self.seconds(lambda a=a, b=b: a @ b)  # type: ignore[misc]
         return limits
 
     def _mixer(self, name: str, limits: dict[str, float]) -> dict[str, list[float]]:
-        found: dict[str, list[tuple[tuple[float, ...], float]]] = {mode: [] for mode in MODES}
+        found: dict[str, list[tuple[tuple[float, ...], float]]] = {}
         for width in _WIDTHS:
             config = _configured(name, width)
             assert config is not None
             for given in _PASSES:
                 self._say(f"{name} of width {width}: {given.mode}")
                 seconds = self._layer_seconds(lambda width=width, config=config: Block(config, width, 0, 1e-6), given)  # type: ignore[misc]
-                found[given.mode].append((mixer_features(config, width, given, self.dtype), seconds))
+                found.setdefault(given.mode, []).append((mixer_features(config, width, given, self.dtype), seconds))
         return {mode: fit(points, _least(mode, limits)) for mode, points in found.items()}
 
     def _mlp(self, limits: dict[str, float]) -> dict[str, list[float]]:
-        found: dict[str, list[tuple[tuple[float, ...], float]]] = {mode: [] for mode in MODES}
+        found: dict[str, list[tuple[tuple[float, ...], float]]] = {}
         for width, hidden in _MLPS:
             for given in _PASSES:
+                if given.mode == CACHED and (width, hidden) == _MLPS[-1]:
+                    continue
                 self._say(f"MLP of width {width}: {given.mode}")
                 seconds = self._layer_seconds(lambda width=width, hidden=hidden: _Mlp(width, hidden), given)  # type: ignore[misc]
-                found[given.mode].append((mlp_features(width, hidden, given, self.dtype), seconds))
+                found.setdefault(given.mode, []).append((mlp_features(width, hidden, given, self.dtype), seconds))
         return {mode: fit(points, _least(mode, limits)) for mode, points in found.items()}
 
     def _layer_seconds(self, build: Callable[[], nn.Module], given: Pass) -> float:
@@ -169,7 +173,7 @@ class Calibrator:
     def _parts(self) -> dict[str, dict[str, list[float]]]:
         """The embedding, the head with its loss, and the optimizer."""
         found: dict[str, list[tuple[tuple[float, ...], float]]] = {name: [] for name in ("embedding", "head", "adam")}
-        alone = []
+        alone, cached = [], []
         for width, vocab, tokens in _HEADS:
             self._say(f"head of {vocab} tokens")
             table = nn.Embedding(vocab, width).to(self.device)
@@ -184,6 +188,8 @@ class Calibrator:
             one = hidden.detach()[:1].to(self.dtype)
             seconds = self.seconds(lambda ws=weights, o=one: [nn.functional.linear(o, w) for w in ws])  # type: ignore[misc]
             alone.append(((1.0, float(vocab * width)), seconds / copies))
+            seconds = self.seconds(lambda w=weights[0], o=one: nn.functional.linear(o, w))  # type: ignore[misc]
+            cached.append(((1.0, float(vocab * width)), seconds))
         for width in (256, 1024):
             layer = nn.Sequential(*(nn.Linear(width, width) for _ in range(4))).to(self.device)
             optimizer = build_optimizer(layer, OptimizerConfig())
@@ -193,7 +199,7 @@ class Calibrator:
             found["adam"].append(((1.0, float(params)), self.seconds(optimizer.step)))
         return {
             "embedding": {"train": fit(found["embedding"])},
-            "head": {"train": fit(found["head"]), "decode": fit(alone)},
+            "head": {"train": fit(found["head"]), "decode": fit(alone), CACHED: fit(cached)},
             "optimizer": {"train": fit(found["adam"])},
         }
 
@@ -285,6 +291,8 @@ def fit(points: Iterable[tuple[tuple[float, ...], float]], least: float = 0.0) -
 
 def _least(mode: str, limits: dict[str, float]) -> float:
     """Seconds per FLOP of a projection, or per byte of weights, at the best rate measured and some tolerance."""
+    if mode == CACHED:
+        return 0.0
     if mode == "decode":
         return _TOLERANCE / max(limits["copy_bytes"], limits["inplace_bytes"])
     best = max(rate for name, rate in limits.items() if name.startswith("matmul"))

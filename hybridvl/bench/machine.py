@@ -20,6 +20,7 @@ from hybridvl.layers.errors import ConfigError
 
 _PACKAGES = ("hybridvl", "torch", "transformers", "flash-linear-attention", "fla-core", "flash-attn", "triton")
 _COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+_SIZE = re.compile(r"(\d+)([KM])")
 _MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
@@ -96,6 +97,15 @@ def describe(device: str) -> dict[str, Any]:
         found["gpu"] = torch.cuda.get_device_name(device)
         found["cuda"] = torch.version.cuda
     return found
+
+
+def cache_size(device: str) -> int:
+    """Bytes of the largest cache; 32 MiB where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    known = [int(found[1]) << {"K": 10, "M": 20}[found[2]] for size in sizes if (found := _SIZE.fullmatch(size))]
+    return max(known, default=32 << 20)
 
 
 def overhead(repeats: int = 5, calls: int = 2000) -> float:

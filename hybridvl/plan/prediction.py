@@ -17,6 +17,8 @@ from hybridvl.models.config import ModelConfig
 from hybridvl.pattern import parse_pattern
 
 MODES = ("train", "prefill", "decode")
+CACHED = "cached"
+"""The mode of a decoded token where all that it reads stays in the processor's cache; "decode" is from memory."""
 PREFILL_CHUNK = 1024
 _VERSION = 1
 
@@ -26,7 +28,8 @@ class Pass:
     """What a layer is run on.
 
     Attributes:
-        mode: "train" (forward and backward), "prefill" (a chunk, with a state) or "decode" (one token, with a state).
+        mode: "train" (forward and backward), "prefill" (a chunk, with a state), "decode" or CACHED (one token, with a
+            state).
         rows, tokens: of the input. context: tokens that the state has seen.
     """
 
@@ -75,9 +78,16 @@ class Calibration:
         return total
 
     def decode_seconds(self, config: ModelConfig, context: int) -> float:
-        """One more token of one row after `context` tokens, with its logits."""
-        call = self._rates("call", "decode")[0] + self._head_of_a_token(config)
-        return self._layers(config, Pass("decode", 1, 1, context)) + call
+        """One more token of one row after `context` tokens, with its logits.
+
+        Between the rates for a model that stays in the cache and for one that is read from memory, by its size.
+        """
+        streamed = self._streamed(config, context)
+        total = self._rates("call", "decode")[0]
+        for mode, share in (("decode", streamed), (CACHED, 1 - streamed)):
+            if share:
+                total += share * (self._layers(config, Pass(mode, 1, 1, context)) + self._head_of_a_token(config, mode))
+        return total
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -109,8 +119,18 @@ class Calibration:
             seconds += _dot(self._rates("mlp", given.mode), features)
         return seconds
 
-    def _head_of_a_token(self, config: ModelConfig) -> float:
-        return _dot(self._rates("head", "decode"), (1.0, config.vocab_size * config.width))
+    def _head_of_a_token(self, config: ModelConfig, mode: str = "decode") -> float:
+        return _dot(self._rates("head", mode), (1.0, config.vocab_size * config.width))
+
+    def _streamed(self, config: ModelConfig, context: int) -> float:
+        """From 0 where weights and state take half of the cache to 1 where they take more than all of it."""
+        cache = self.limits.get("cache_bytes", 0.0)
+        if not cache:
+            return 1.0
+        dtype = getattr(torch, self.about["dtype"])
+        mixers = parse_pattern(config.pattern, config.mixers).configs(config.mixers)
+        state = sum(mixer.state_bytes(context, dtype, config.width) for mixer in mixers)
+        return min(max(2 * (_parameters(config) * dtype.itemsize + state) / cache - 1, 0.0), 1.0)
 
     def _rates(self, kind: str, mode: str) -> list[float]:
         """A kind that was not measured, such as a mixer registered since, has the mean of the mixers that were."""
@@ -140,7 +160,7 @@ def mixer_features(mixer: MixerConfig, width: int, given: Pass, dtype: torch.dty
     passes on, bytes of its state; when it decodes: 1, bytes of its weights and of its state."""
     params = mixer.num_params(width)
     state = given.rows * mixer.state_bytes(given.context + given.tokens, dtype, width)
-    if given.mode == "decode":
+    if given.mode in ("decode", CACHED):
         return 1.0, float(params * dtype.itemsize), float(state)
     tokens = given.rows * given.tokens
     products = 2.0 * tokens * params
@@ -152,7 +172,7 @@ def mixer_features(mixer: MixerConfig, width: int, given: Pass, dtype: torch.dty
 def mlp_features(width: int, hidden: int, given: Pass, dtype: torch.dtype) -> tuple[float, ...]:
     """The same for an MLP: 1, FLOPs, numbers; when it decodes: 1, bytes of its weights."""
     params = 3 * width * hidden
-    if given.mode == "decode":
+    if given.mode in ("decode", CACHED):
         return 1.0, float(params * dtype.itemsize)
     tokens = given.rows * given.tokens
     return 1.0, 2.0 * tokens * params, float(tokens * (width + 3 * hidden))

@@ -20,6 +20,7 @@ from hybridvl.cli import main
 from hybridvl.layers import MIXERS, ConfigError
 from hybridvl.plan import plan_model
 from hybridvl.plan.prediction import (
+    CACHED,
     MODES,
     PARTS,
     Calibration,
@@ -83,6 +84,18 @@ def test_times_add_up_to_the_planned_costs() -> None:
     assert weights.train_seconds(CONFIG, 1, 1) == pytest.approx(plan.total_params, rel=0.02)
 
 
+def test_small_models_stay_in_the_cache() -> None:
+    """Rates go over from the cache's to the memory's while weights and state grow from half of the cache to all."""
+    rates = {"decode": [10.0, 0.0, 0.0], CACHED: [1.0, 0.0, 0.0]}
+    parts = {"mlp": {CACHED: [0.0] * 2}, "head": {CACHED: [0.0] * 2}}
+    found = calibration(**dict.fromkeys(("full", "swa", "gdn"), rates), **parts)
+    plan = plan_model(CONFIG, (64,), torch.float32)
+    size = 4 * plan.total_params + plan.state_bytes(64)
+    for cache, layer in ((2.2 * size, 1), (4 / 3 * size, 5.5), (0.9 * size, 10)):
+        sized = dataclasses.replace(found, limits={"cache_bytes": cache})
+        assert sized.decode_seconds(CONFIG, 64) == pytest.approx(10 * layer, rel=0.02)  # ten mixers
+
+
 def test_unmeasured_mixers_have_the_mean_rates() -> None:
     known = calibration(**{name: {"decode": [rate, 0.0, 0.0]} for name, rate in (("full", 1), ("swa", 2), ("gdn", 6))})
     assert known.decode_seconds(model_config("mamba2*2", 64, 0, 10), 5) == 6
@@ -111,9 +124,14 @@ def model_config_mixer(name: str) -> list:
 def miniature(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that is measured, in sizes that take no time."""
     monkeypatch.setattr(measuring, "_WIDTHS", (32, 64))
-    passes = (Pass("train", 1, 8), Pass("train", 2, 8), Pass("prefill", 1, 8, 4), Pass("decode", 1, 1, 4))
+    passes = (
+        Pass("train", 1, 8),
+        Pass("train", 2, 8),
+        Pass("prefill", 1, 8, 4),
+        *(Pass(mode, 1, 1, 4) for mode in ("decode", CACHED)),
+    )
     monkeypatch.setattr(measuring, "_PASSES", passes)
-    monkeypatch.setattr(measuring, "_MLPS", ((32, 48), (64, 80)))
+    monkeypatch.setattr(measuring, "_MLPS", ((32, 48), (64, 80), (64, 96)))
     monkeypatch.setattr(measuring, "_HEADS", ((32, 64, 16), (64, 32, 8)))
     monkeypatch.setattr(measuring, "_HELD_OUT", (("swa+mamba2 gdn", 48, 64, 40), ("full", 48, 0, 40)))
     monkeypatch.setattr(measuring, "_HELD_OUT_SIZES", (2, 8, 12, 12))
