@@ -18,6 +18,7 @@ from hybridvl.hf.cache import HybridVLCache
 from hybridvl.hf.configuration import HybridVLConfig
 from hybridvl.hf.visual_rows import repeat_visuals
 from hybridvl.layers import ConfigError
+from hybridvl.layers.ops.one_row import one_row_products
 from hybridvl.models.generation import PREFILL_CHUNK
 from hybridvl.models.positions import VisualGrids
 from hybridvl.models.vlm import VisionLanguageModel
@@ -115,7 +116,9 @@ class HybridVLForConditionalGeneration(PreTrainedModel, GenerationMixin):
         hidden = self._decode(embeds, position_ids, mask, cu_seqlens, cache, collected)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         head = self.get_output_embeddings()  # called, not only its weight used: it may have become a LoRA layer
-        logits = F.linear(hidden[:, kept], self.net.lm_head_weight) if head is None else head(hidden[:, kept])
+        hidden = hidden[:, kept]
+        with one_row_products(hidden):
+            logits = F.linear(hidden, self.net.lm_head_weight) if head is None else head(hidden)
         loss = None
         if labels is not None:
             targets = _targets(labels, logits, cu_seqlens)
