@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 FORGETS_ALL = -40.0  # a log decay below counts as -inf: the denormal floats that it would soon lead to are slow
+_PART = 16  # rows summed one after the other
 _ROW_SUMS_FROM = 1 << 18  # elements of a state from which weighted sums of rows beat products with two rows
 
 
@@ -54,15 +55,17 @@ def _reads_rows(state: Tensor) -> bool:
 
 
 def _weighted_rows(pair: Tensor, matrices: Tensor) -> Tensor:
-    """pair (n, 2, K) times matrices (n, K, V): (n, 2, V)."""
+    """pair (n, 2, K) times matrices (n, K, V): (n, 2, V), summed in parts, which is the more exact order."""
     count, key_dim, value_dim = matrices.shape
-    index, offsets = _every_row_twice(count, key_dim)
-    rows = matrices.view(-1, value_dim)
-    return torch.embedding_bag(rows, index, offsets, mode=0, per_sample_weights=pair.view(-1))[0].view(-1, 2, value_dim)
+    part = _PART if key_dim % _PART == 0 else key_dim
+    index, offsets = _every_row_twice(count * key_dim // part, part)
+    weights = pair.view(count, 2, -1, part).transpose(1, 2).reshape(-1)
+    sums = torch.embedding_bag(matrices.view(-1, value_dim), index, offsets, mode=0, per_sample_weights=weights)[0]
+    return sums.view(count, -1, 2, value_dim).sum(1)
 
 
 @lru_cache(maxsize=8)
-def _every_row_twice(matrices: int, rows: int) -> tuple[Tensor, Tensor]:
-    """The rows of each matrix in a stack of them, twice: int32 (matrices * 2 * rows,), and where each list begins."""
-    index = torch.arange(matrices * rows, dtype=torch.int32).view(matrices, 1, rows).expand(-1, 2, -1)
-    return index.reshape(-1), torch.arange(0, 2 * matrices * rows, rows, dtype=torch.int32)
+def _every_row_twice(parts: int, rows: int) -> tuple[Tensor, Tensor]:
+    """The rows of each part in a stack of them, twice: int32 (parts * 2 * rows,), and where each list begins."""
+    index = torch.arange(parts * rows, dtype=torch.int32).view(parts, 1, rows).expand(-1, 2, -1)
+    return index.reshape(-1), torch.arange(0, 2 * parts * rows, rows, dtype=torch.int32)
