@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,11 +12,37 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (B, T, H, K) by the tables cos, sin (B, T, K); same shape and dtype as x.
 
     The tables hold each of the K/2 frequencies twice, [f, f], so that dimension i pairs with i + K/2 (RoFormer,
-    arXiv 2104.09864, in the layout of GPT-NeoX and Qwen2.5-VL). The product is formed in the wider of the two dtypes.
+    arXiv 2104.09864, in the layout of GPT-NeoX and Qwen2.5-VL), and get no gradient. The product is formed in the wider
+    of the two dtypes.
     """
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)  # (B, T, H, K)
-    return (x * cos.unsqueeze(2) + turned * sin.unsqueeze(2)).to(x.dtype)
+    if torch.is_grad_enabled() and x.requires_grad:
+        rotated: Tensor = _Rotation.apply(x, cos, sin)
+        return rotated
+    return _rotate(x, cos, sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """Keeps the tables alone: the gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return apply_rotary(grad, cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    half = x.shape[-1] // 2
+    cos, sin = (table.to(wide.dtype).unsqueeze(2) for table in (cos, sin))
+    out = wide * cos  # (B, T, H, K)
+    out[..., :half].addcmul_(wide[..., half:], -sin[..., :half])
+    out[..., half:].addcmul_(wide[..., :half], sin[..., half:])
+    return out.to(x.dtype)
 
 
 def rotary_table(

@@ -224,10 +224,12 @@ class _Unit:
         return fresh[0], fresh[1]
 
     def _flat(self, name: str, x: Tensor, run: Run) -> _Both:
-        """The keys of a run out of x (R, S, J, D) as (U, n, D), contiguous."""
-        x = x[:, run.first : run.last]
-        flat = self._take(name, x.dtype, self.rows * self.heads, x.shape[1], x.shape[3])
-        flat.view(self.rows, self.heads, *flat.shape[1:]).copy_(x.transpose(1, 2))
+        """The keys of a run out of x (R, S, J, D) as (U, n, D), each matrix contiguous."""
+        x = x[:, run.first : run.last].transpose(1, 2)  # (R, J, n, D)
+        if x.stride(3) == 1 and x.stride(2) == x.shape[3] and 1 in x.shape[:2]:
+            return self._both(name, x.flatten(0, 1))  # where they are: a head's keys lie together
+        flat = self._take(name, x.dtype, self.rows * self.heads, *x.shape[2:])
+        flat.view(x.shape).copy_(x)
         return self._both(name, flat)
 
     def _queries(self, name: str, x: Tensor, block: Block) -> _Both:

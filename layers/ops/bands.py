@@ -6,7 +6,7 @@ import bisect
 from typing import NamedTuple
 
 BLOCK = 64  # queries
-ALIGNMENT = 16  # of the first key of a block: products of such sizes are faster
+ALIGNMENT = 16  # of the number of a block's keys: products of such sizes are faster
 _RUN = 1024  # keys whose copies serve several blocks, at least
 
 
@@ -36,7 +36,7 @@ def band_blocks(queries: int, keys: int, window: int, bounds: tuple[int, ...] = 
     blocks = []
     for start in range(0, queries, BLOCK):
         stop = min(start + BLOCK, queries)
-        first = max(offset + start - width + 1, 0) // ALIGNMENT * ALIGNMENT
+        first = max(offset + stop - -(-(stop - start + width - 1) // ALIGNMENT) * ALIGNMENT, 0)
         if not starts:
             blocks.append(Block(start, stop, first, offset + stop))
             continue

@@ -166,15 +166,12 @@ def _ring_torch(
     earlier_k, earlier_v, real = _in_order(ring_k, ring_v, length)
     if real is not None:
         real = torch.cat((real, real.new_ones(len(real), first)), dim=1)
-    near = attention(
-        q[:, :first],
-        torch.cat((earlier_k, k[:, :first]), dim=1),
-        torch.cat((earlier_v, v[:, :first]), dim=1),
-        window=window,
-        scale=scale,
-        key_padding_mask=real,
-        backend="torch",
+    keys, values = (
+        # A head's keys together in memory, as the ring's are.
+        torch.cat([x.transpose(1, 2) for x in parts], dim=2).transpose(1, 2)
+        for parts in ((*earlier_k, k[:, :first]), (*earlier_v, v[:, :first]))
     )
+    near = attention(q[:, :first], keys, values, window=window, scale=scale, key_padding_mask=real, backend="torch")
     if first == tokens:
         return near
     return torch.cat((near, attention(q[:, first:], k, v, window=window, scale=scale, backend="torch")), dim=1)
@@ -185,23 +182,23 @@ def _first(tokens: int, window: int) -> int:
     return tokens if tokens <= 2 * window else window - 1
 
 
-def _in_order(ring_k: Tensor, ring_v: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The ring's last W - 1 tokens or fewer, oldest first, and a mask (B, E) of those that are real (None = all)."""
+def _in_order(ring_k: Tensor, ring_v: Tensor, length: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """The ring's last W - 1 tokens or fewer, oldest first, in parts; a mask (B, E) of the real ones (None = all)."""
     window = ring_k.shape[1]
     if readable_on_host(length):
         known = set(length.tolist())
         if len(known) == 1:
-            end, count = (known_length := known.pop()) % window, min(known_length, window - 1)
-            if count <= end:
-                return ring_k[:, end - count : end], ring_v[:, end - count : end], None
-            old, new = slice(window - (count - end), window), slice(0, end)
-            k, v = (torch.cat((ring[:, old], ring[:, new]), dim=1) for ring in (ring_k, ring_v))
-            return k, v, None
+            total = known.pop()
+            end, count = total % window, min(total, window - 1)
+            parts = [slice(end - count, end)]
+            if count > end:
+                parts = [slice(window - (count - end), window), slice(0, end)]
+            return [ring_k[:, part] for part in parts], [ring_v[:, part] for part in parts], None
     # By tensors alone, so that a CUDA graph can be captured: token length - W + 1 + e stands at e.
     position = length[:, None] - (window - 1) + torch.arange(window - 1, device=length.device)  # (B, W - 1)
     row = torch.arange(len(length), device=length.device)[:, None]
     slot = position % window
-    return ring_k[row, slot], ring_v[row, slot], position >= 0
+    return [ring_k[row, slot]], [ring_v[row, slot]], position >= 0
 
 
 def _check(op: str, q: Tensor, k: Tensor, v: Tensor, length: Tensor) -> None:

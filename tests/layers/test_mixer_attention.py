@@ -136,6 +136,29 @@ def test_rotation_keeps_lengths_and_sees_only_distances() -> None:
     torch.testing.assert_close(cos[0, 3, [1, 9]], angle.cos().expand(2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_rotation_and_its_gradient_equal_the_definition(dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    x, upstream = torch.randn(2, 2, 7, 3, 16).to(dtype)
+    cos, sin = rotary_table(torch.randint(0, 1000, (2, 7)), 16, dtype=torch.float64)
+    angle = torch.complex(cos[..., :8], sin[..., :8]).unsqueeze(2)
+
+    def turned(y: Tensor, by: Tensor) -> Tensor:
+        z = torch.complex(*y.double().chunk(2, dim=-1)) * by
+        return torch.cat((z.real, z.imag), dim=-1)
+
+    x.requires_grad_()
+    table = torch.promote_types(dtype, torch.float32)
+    found = apply_rotary(x, cos.to(table), sin.to(table))
+    (gradient,) = torch.autograd.grad(found, x, upstream)
+    tolerance = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2e-2}[dtype]
+    assert found.dtype == gradient.dtype == dtype
+    torch.testing.assert_close(found.double(), turned(x.detach(), angle), rtol=0, atol=tolerance)
+    torch.testing.assert_close(gradient.double(), turned(upstream, angle.conj()), rtol=0, atol=tolerance)
+    with torch.no_grad():
+        torch.testing.assert_close(apply_rotary(x, cos.to(table), sin.to(table)), found, rtol=0, atol=0)
+
+
 def test_rotary_tables_are_asked_for_by_head_dim() -> None:
     mixer = FullAttentionConfig(**SIZES).build(16)
     with pytest.raises(ValueError, match=r"tables for head dims \[16\], attention needs 8"):
