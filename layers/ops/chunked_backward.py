@@ -32,23 +32,28 @@ def group_gradients(group: Group, start: Tensor, do: Tensor, dstate: Tensor, out
     errors, du, dstates = _scan_back(group, do, dstate)
     # do and, below it, w: the gradient of beta v - beta e^c (k S). Both take the same way back.
     through = torch.bmm(errors, states[:-1].flatten(0, 1).mT, out=work.tensor("dreaders", *group.readers.shape))
-    mixing = torch.bmm(errors, group.u.mT, out=work.tensor("products", group.u.shape[0], rows, CHUNK))
+    mixing = torch.bmm(errors, group.u.mT, out=work.tensor("mixing", *group.products.shape))
     # What a token reads of its own knows no decay: left for last, so that dg is no small difference of large numbers.
     own = mixing[:, :CHUNK].diagonal(dim1=1, dim2=2)[..., None] * group.scale
+    own_along = group.products[:, :CHUNK].diagonal(dim1=1, dim2=2)[..., None] * own
     mixing[:, :CHUNK].mul_(group.decay).mul_(group.scale).tril_(-1)
     if group.inverse is not None:
         mixing[:, CHUNK:].mul_(group.decay).tril_(-1).neg_()
     dreads = torch.bmm(mixing, k, out=work.tensor("dreads", *group.readers.shape))
+    # pairs[i, j]: the gradient of c_i - c_j, by what i reads of what j wrote; reads[i]: of c_i, by what it reads of S.
+    pairs = torch.mul(mixing, group.products, out=group.products)
+    reads = _dots(q, through[:, :CHUNK], work).mul_(group.start).mul_(group.scale)
     dq = dreads[:, :CHUNK].addcmul_(through[:, :CHUNK], group.start, value=group.scale)
-    dc = dq_along = _dots(q, dq, work)
+    dq_along = pairs[:, :CHUNK].sum(-1, keepdim=True) + reads
     if group.inverse is None:
         dbeta, dv = _dots(du, group.v, work), du
     else:
         dv, dread = errors[:, CHUNK:], dreads[:, CHUNK:].addcmul_(through[:, CHUNK:], group.start, value=-1)
-        along = _dots(k, dread, work)  # of k as it reads, over beta
-        dbeta = _dots(dv, group.v, work) + along
-        dread_along = along * group.beta
-        dc = dc + dread_along
+        reads_over_beta = _dots(k, through[:, CHUNK:], work).mul_(group.start).neg_()
+        dread_along = pairs[:, CHUNK:].sum(-1, keepdim=True) + reads_over_beta  # over beta
+        dbeta = _dots(dv, group.v, work) + dread_along
+        pairs = pairs[:, :CHUNK].add_(pairs[:, CHUNK:].mul_(group.beta))
+        reads = reads + reads_over_beta * group.beta
         mixing[:, CHUNK:].mul_(group.beta)
     dv.mul_(group.beta)
     if group.skip is not None and out.skip is not None:
@@ -58,23 +63,34 @@ def group_gradients(group: Group, start: Tensor, do: Tensor, dstate: Tensor, out
     # k as it is written: for later tokens of the chunk, and into the state.
     dk = torch.bmm(mixing.mT, group.qk[:, :rows], out=work.tensor("written", *group.keys.shape))
     dkeys = torch.bmm(group.u, dstates[1:].flatten(0, 1).mT, out=work.tensor("dkeys", *group.keys.shape))
-    dk_along, dkeys_along = _dots(k, dk, work), _dots(k, dkeys, work) * group.end
-    kept = torch.mul(states[:-1], dstates[1:], out=states[:-1]).flatten(0, 1).sum((-1, -2), keepdim=True) * group.total
-    dg = (dc - dk_along).flip(1).cumsum(1).flip(1).add_(kept)
-    dg[:, 1:] += dkeys_along.cumsum(1)[:, :-1]
+    dkeys_along = _dots(k, dkeys, work).mul_(group.end)
+    dg = _decay_gradient(pairs, reads, dkeys_along)
+    dg += torch.mul(states[:-1], dstates[1:], out=states[:-1]).flatten(0, 1).sum((-1, -2), keepdim=True) * group.total
     dq.addcmul_(k, own)
     dk.addcmul_(dkeys, group.end).addcmul_(q, own)
+    dk_along = pairs.sum(1)[..., None] + dkeys_along
     if group.inverse is not None:
         dk.addcmul_(dread, group.beta)
-        dk_along = dk_along + dread_along
+        dk_along.addcmul_(dread_along, group.beta)
     if group.norms is not None:
-        own_along = _dots(q, k, work) * own
         dq.addcmul_(q, dq_along + own_along, value=-1).mul_(group.norms[:, :CHUNK])
-        dk.addcmul_(k, dk_along + dkeys_along + own_along, value=-1).mul_(group.norms[:, CHUNK:])
+        dk.addcmul_(k, dk_along + own_along, value=-1).mul_(group.norms[:, CHUNK:])
     gradients = (dq, dk, dv, dg.squeeze(-1), dbeta.squeeze(-1))
     for gradient, target in zip(gradients, (out.q, out.k, out.v, out.g, out.beta), strict=True):
         store(gradient, group.span, target)
     return dstates[0]
+
+
+def _decay_gradient(pairs: Tensor, reads: Tensor, writes: Tensor) -> Tensor:
+    """(M, C, 1): the gradient of each token's log decay, but for that of the state that passes through the chunk.
+
+    It is the sum over all that crosses the token: pairs (M, C, C) of later and earlier tokens of the chunk, reads
+    (M, C, 1) of the state before it by later tokens, writes (M, C, 1) of earlier tokens to the state after it.
+    """
+    dg = reads.flip(1).cumsum(1).flip(1)
+    crossing = pairs.cumsum(-1).tril_(-1).sum(1)[..., None] + writes.cumsum(1)
+    dg[:, 1:] += crossing[:, :-1]
+    return dg
 
 
 def _states(group: Group, start: Tensor) -> Tensor:

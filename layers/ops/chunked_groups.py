@@ -59,6 +59,7 @@ class Group:
         qk: (M, 2C, K) q above k. v: (M, C, V). beta: (M, C, 1). skip: (M, 1, 1), None for none.
         norms: (M, 2C, 1) what q and k were multiplied by to be of unit length, None if they were not.
         start, end, total: as in `Timeline`.
+        products: (M, 2C, C) q k^T above k k^T, or (M, C, C) q k^T; overwritten where X is still to be solved.
         decay: (M, C, C) D, lower triangle, diagonal included. scores: (M, C, C) s lower(q k^T) D.
         inverse: (M, C, C) X, None without the delta rule.
         readers: what is multiplied by the state: (M, 2C, K) s e^c q above -beta e^c k, or (M, C, K) s e^c q.
@@ -77,6 +78,7 @@ class Group:
     start: Tensor
     end: Tensor
     total: Tensor
+    products: Tensor
     decay: Tensor
     scores: Tensor
     inverse: Tensor | None
@@ -132,7 +134,7 @@ def prepare(
         load(source, span, target)
     norms = None if tokens.unit_eps is None else _normalize(qk, tokens.unit_eps, work)
     decay = _decay(high, low, work)
-    rows = CHUNK if solution is None or solved else 2 * CHUNK
+    rows = CHUNK if solution is None else 2 * CHUNK
     products = torch.bmm(qk[:, :rows], k.mT, out=work.tensor("products", size, rows, CHUNK))
     scores = torch.mul(products[:, :CHUNK], decay, out=work.tensor("scores", size, CHUNK, CHUNK)).mul_(tokens.scale)
     readers = work.tensor("readers", size, CHUNK if solution is None else 2 * CHUNK, key_dim)
@@ -149,7 +151,24 @@ def prepare(
     keys = torch.mul(k, end, out=work.tensor("keys", size, CHUNK, key_dim))
     skip = None if tokens.skip is None else tokens.skip.to(work.dtype).repeat(size // heads)[:, None, None]
     return Group(
-        span, tokens.scale, work, qk, v, beta, skip, norms, start, end, total, decay, scores, inverse, readers, keys, u
+        span,
+        tokens.scale,
+        work,
+        qk,
+        v,
+        beta,
+        skip,
+        norms,
+        start,
+        end,
+        total,
+        products,
+        decay,
+        scores,
+        inverse,
+        readers,
+        keys,
+        u,
     )
 
 

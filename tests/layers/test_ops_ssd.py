@@ -124,6 +124,17 @@ def test_strong_decay(strong: float, dtype: torch.dtype) -> None:
     assert_close(got, expected, 1e-10 if dtype == torch.float64 else 2e-5)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_of_large_steps_keep_their_digits(seed: int) -> None:
+    """A decay's gradient holds only what crosses it, so that a large step does not magnify what cancels."""
+    inputs = {name: x.float() for name, x in random_inputs(333, seed=seed).items()}
+    inputs["A"] *= 20
+    expected = outputs_and_gradients(
+        partial(ssd, backend="reference"), {name: x.double() for name, x in inputs.items()}
+    )
+    assert_close(outputs_and_gradients(partial(ssd, backend="torch"), inputs), expected, 1.5e-6)
+
+
 def test_bfloat16_computes_in_float32() -> None:
     low = {name: x.bfloat16() if name in ("x", "B", "C") else x.float() for name, x in random_inputs(130).items()}
     got = outputs_and_gradients(ssd, low)
