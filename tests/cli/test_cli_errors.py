@@ -170,7 +170,10 @@ def test_full_disk_leaves_the_last_good_checkpoint(tmp_path: Path, capfd: pytest
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, previous)
-    _assert_refused(capfd, r"cannot save the checkpoint .*last\.ckpt: File too large; the earlier .* is untouched")
+    _assert_refused(
+        capfd,
+        r"cannot save the checkpoint .*last\.ckpt: cannot be written: File too large; the earlier .* is untouched",
+    )
     folder = tmp_path / "runs" / "tiny" / "version_0"
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["last.ckpt"]
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -60,8 +61,9 @@ def test_killed_and_resumed_is_uninterrupted(pattern: str, packing: bool, tmp_pa
     killed = cli_runs.recipe(tmp_path, "killed", f"{settings}\n{KILLED}")
     _fit_and_die(killed)
     folder = tmp_path / "runs" / "killed" / "version_0"
-    left = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert left == [".last.ckpt.partial", "last.ckpt"]
+    unfinished, last = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert re.fullmatch(r"\.last\.ckpt\.\d+\.tmp", unfinished)
+    assert last == "last.ckpt"
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
 
     argv = ["fit", "--config", str(killed), "--ckpt_path", "last", "--trainer.callbacks", "null"]
@@ -69,6 +71,7 @@ def test_killed_and_resumed_is_uninterrupted(pattern: str, packing: bool, tmp_pa
     assert main(argv) == 0
     assert "KilledWhileSaving" not in (folder / "config.yaml").read_text()
     assert [path.name for path in folder.parent.iterdir()] == ["version_0"]
+    assert not (folder / "checkpoints" / unfinished).exists()
 
     other = tmp_path / "runs" / "whole" / "version_0"
     ends = [torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (other, folder)]

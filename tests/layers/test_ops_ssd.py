@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ops_support import RAGGED, arrays, assert_close, case_inputs, cases, outputs_and_gradients, relative
 from torch import Tensor
@@ -68,12 +68,15 @@ def test_chunks_equal_recurrence(tokens: int) -> None:
     optional=st.booleans(),
     seed=st.integers(0, 1000),
 )
+@example(tokens=52, batch=1, groups=1, repeats=1, optional=True, seed=1000)  # its only head forgets all at once
 def test_any_shape(tokens: int, batch: int, groups: int, repeats: int, optional: bool, seed: int) -> None:
     inputs = random_inputs(tokens, batch, groups * repeats, groups, seed)
     if not optional:
         del inputs["D"], inputs["initial_state"]
     expected = outputs_and_gradients(partial(ssd, backend="reference"), inputs)
-    assert_close(outputs_and_gradients(partial(ssd, backend="torch"), inputs), expected, 1e-10)
+    # Decays below e^-40 count as zero, and so does what is left of the state behind them.
+    vanishing = tuple(name for name in expected if expected[name].abs().max() < 1e-12)
+    assert_close(outputs_and_gradients(partial(ssd, backend="torch"), inputs), expected, 1e-10, vanishing)
 
 
 @pytest.mark.parametrize("splits", [(1, 129), (64, 66), (33, 2, 95), (*[1] * 10, 120)], ids=str)
