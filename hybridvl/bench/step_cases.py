@@ -11,7 +11,8 @@ from hybridvl.bench.cases import Case, Request
 from hybridvl.bench.plain import modeling, plain_function
 from hybridvl.bench.recurrence_cases import OURS
 from hybridvl.bench.sides import TOLERANCES, Results, Side, Work
-from hybridvl.layers.ops import gated_delta_rule
+from hybridvl.layers.ops.delta_step import delta_rule_step, delta_rule_step_reference
+from hybridvl.layers.ops.gated_delta_rule import L2_EPS
 from hybridvl.layers.ops.gdn_step import gated_delta_net_step
 from hybridvl.layers.ops.mamba2_step import mamba2_step
 
@@ -22,11 +23,15 @@ _EPS = 1e-6
 
 
 def _rule_step(backend: str) -> Step:
+    rule = delta_rule_step_reference if backend == "reference" else delta_rule_step
+
     def step(given: dict[str, Tensor], state: dict[str, Tensor]) -> Tensor:
-        q, k, v, g, beta = (given[name] for name in ("q", "k", "v", "g", "beta"))
-        o, final = gated_delta_rule(q, k, v, g, beta, state["recurrent"], qk_l2norm=True, backend=backend)
-        state["recurrent"].copy_(final)
-        return o
+        pair = torch.stack((given["k"], given["q"]), dim=3).squeeze(1)  # (B, H, 2, K)
+        pair = pair.to(state["recurrent"].dtype)
+        pair = pair * (pair.square().sum(-1, keepdim=True) + L2_EPS).rsqrt_()
+        pair[:, :, 1].mul_(pair.shape[-1] ** -0.5)
+        v, g, beta = (given[name].squeeze(1) for name in ("v", "g", "beta"))
+        return rule(pair, v.to(pair.dtype), g, beta, state["recurrent"]).unsqueeze(1).to(v.dtype)
 
     return step
 

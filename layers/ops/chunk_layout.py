@@ -7,10 +7,13 @@ the arithmetic on it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+Made = TypeVar("Made")
 
 CHUNK = 32
 _GROUP_NUMBERS = 3 << 16  # of numbers in a group's v, about: small enough for all its buffers to stay in cache
@@ -22,14 +25,26 @@ class Workspace:
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self._buffers: dict[str, Tensor] = {}
+        self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._made: dict[tuple[str, int], Any] = {}
 
     def tensor(self, name: str, *shape: int) -> Tensor:
-        """The buffer of a name in a shape, with whatever it holds; the first request decides the capacity."""
-        count = torch.Size(shape).numel()
-        held = self._buffers.get(name)
-        if held is None or held.numel() < count:
-            held = self._buffers[name] = torch.empty(count, dtype=self.dtype, device=self.device)
-        return held[:count].view(shape)
+        """The buffer of a name in a shape, with whatever it holds."""
+        view = self._views.get((name, shape))
+        if view is None:
+            count = torch.Size(shape).numel()
+            held = self._buffers.get(name)
+            if held is None or held.numel() < count:
+                held = self._buffers[name] = torch.empty(count, dtype=self.dtype, device=self.device)
+            view = self._views[name, shape] = held[:count].view(shape)
+        return view
+
+    def once(self, name: tuple[str, int], make: Callable[[], Made]) -> Made:
+        """What `make` made when the name was first asked for."""
+        if name not in self._made:
+            self._made[name] = make()
+        made: Made = self._made[name]
+        return made
 
 
 class Tokens(NamedTuple):
@@ -47,15 +62,19 @@ class Tokens(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Consecutive chunks: the first token, and how many chunks; the last may reach beyond the last token."""
+    """Consecutive chunks: the first, and how many; the last may reach beyond the last token."""
 
     first: int
     chunks: int
 
     def matrices(self, rows: int) -> slice:
         """Its place among the matrices of all chunks, of which each has rows = B * H."""
-        start = self.first // CHUNK * rows
-        return slice(start, start + self.chunks * rows)
+        return slice(self.first * rows, (self.first + self.chunks) * rows)
+
+    @property
+    def slice(self) -> slice:
+        """Its place among all chunks."""
+        return self.matrices(1)
 
 
 def cut(tokens: Tokens) -> list[Span]:
@@ -64,36 +83,44 @@ def cut(tokens: Tokens) -> list[Span]:
     chunks = -(-time // CHUNK)
     numbers = batch * heads * CHUNK * max(tokens.k.shape[-1], value_dim)
     size = min(max(round(_GROUP_NUMBERS / numbers), 1), chunks)
-    return [Span(first * CHUNK, min(size, chunks - first)) for first in range(0, chunks, size)]
+    return [Span(first, min(size, chunks - first)) for first in range(0, chunks, size)]
 
 
-def load(x: Tensor, span: Span, out: Tensor) -> None:
-    """Copy the tokens of a span of x (B, T, H', ...) into out (M, C, ...): zeros beyond T, heads repeated."""
-    batch, time, heads = x.shape[:3]
-    target = out.unflatten(0, (span.chunks, batch, heads, -1))
-    whole = min((time - span.first) // CHUNK, span.chunks)
-    if whole:
-        target[:whole].copy_(_by_chunk(x, span.first, whole))
-    if whole < span.chunks:
-        rest = x[:, span.first + whole * CHUNK :]  # (B, R, H', ...)
-        target[whole, :, :, :, rest.shape[1] :].zero_()
-        target[whole, :, :, :, : rest.shape[1]].copy_(rest.transpose(1, 2).unsqueeze(2))
+class Chunks:
+    """A tensor x (B, T, H', ...) as the chunks that it consists of."""
 
+    def __init__(self, x: Tensor) -> None:
+        self.tensor = x
+        whole = x.shape[1] // CHUNK
+        split = x[:, : whole * CHUNK].unflatten(1, (whole, CHUNK))  # (B, n, C, H', ...)
+        self._whole = split.permute(1, 0, 3, 2, *range(4, split.ndim)).unsqueeze(3)  # (n, B, H', 1, C, ...)
+        self._rest = x[:, whole * CHUNK :].transpose(1, 2).unsqueeze(2)  # (B, H', 1, R, ...)
 
-def store(matrices: Tensor, span: Span, out: Tensor) -> None:
-    """The inverse of `load`, from (M, C, ...) into out (B, T, H', ...); repeated heads are summed."""
-    batch, time, heads = out.shape[:3]
-    source = matrices.unflatten(0, (span.chunks, batch, heads, -1))
-    source = source.sum(3, keepdim=True) if source.shape[3] > 1 else source
-    whole = min((time - span.first) // CHUNK, span.chunks)
-    if whole:
-        _by_chunk(out, span.first, whole).copy_(source[:whole])
-    if whole < span.chunks:
-        rest = out[:, span.first + whole * CHUNK :]
-        rest.copy_(source[whole, :, :, 0, : rest.shape[1]].transpose(1, 2))
+    def load(self, span: Span, out: Tensor) -> None:
+        """Copy the tokens of a span into out (M, C, ...): zeros beyond T, heads repeated."""
+        source, target = self._whole[span.slice], self._matrices(out, span)
+        whole = source.shape[0]
+        if whole == span.chunks:
+            target.copy_(source)
+            return
+        target[:whole].copy_(source)
+        time = self._rest.shape[3]
+        target[whole, :, :, :, time:].zero_()
+        target[whole, :, :, :, :time].copy_(self._rest)
 
+    def store(self, matrices: Tensor, span: Span) -> None:
+        """The inverse of `load`, from (M, C, ...) into x; repeated heads are summed."""
+        target, source = self._whole[span.slice], self._matrices(matrices, span)
+        if source.shape[3] > 1:
+            source = source.sum(3, keepdim=True)
+        whole = target.shape[0]
+        if whole == span.chunks:
+            target.copy_(source)
+            return
+        target.copy_(source[:whole])
+        self._rest.copy_(source[whole, :, :, :, : self._rest.shape[3]])
 
-def _by_chunk(x: Tensor, first: int, whole: int) -> Tensor:
-    """A view (n, B, H', 1, C, ...) of n whole chunks of x (B, T, H', ...)."""
-    chunks = x[:, first : first + whole * CHUNK].unflatten(1, (whole, CHUNK))  # (B, n, C, H', ...)
-    return chunks.permute(1, 0, 3, 2, *range(4, chunks.ndim)).unsqueeze(3)
+    def _matrices(self, matrices: Tensor, span: Span) -> Tensor:
+        """(M, C, ...) as (n, B, H', repeats, C, ...)."""
+        batch, _, heads = self.tensor.shape[:3]
+        return matrices.view(span.chunks, batch, heads, -1, *matrices.shape[1:])

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hybridvl.layers.ops.checks import full_precision, internal_dtype
-from hybridvl.layers.ops.chunk_layout import CHUNK, Tokens, Workspace, cut, store
+from hybridvl.layers.ops.chunk_layout import CHUNK, Chunks, Tokens, Workspace, cut
 from hybridvl.layers.ops.chunked_backward import Gradients, group_gradients
-from hybridvl.layers.ops.chunked_groups import LOG_ZERO, Group, Solution, prepare, timeline
+from hybridvl.layers.ops.chunked_groups import LOG_ZERO, Group, Solution, prepare, sequence
 
 
 def chunked_recurrence(
@@ -97,14 +97,14 @@ class _Recurrence(torch.autograd.Function):
         solution = Solution(*solved) if solved else None
         dskip = None if skip is None else torch.zeros_like(skip, dtype=starts.dtype)
         dq, dk, dv, dg, dbeta = (torch.empty_like(x) for x in (q, k, v, g, beta))
-        gradients = Gradients(dq, dk, dv, dg, dbeta, dskip)
+        gradients = Gradients(Chunks(dq), Chunks(dk), Chunks(dv), Chunks(dg), Chunks(dbeta), dskip)
         with full_precision(v.device):
-            times = timeline(tokens, work.dtype)
+            everything, dos = sequence(tokens, work.dtype), Chunks(do)
             dstate = dfinal.flatten(0, 1).to(work.dtype)
             for n, span in reversed(list(enumerate(cut(tokens)))):
                 part = None if solution is None else solution.of(span.matrices(dstate.shape[0]))
-                group = prepare(tokens, times, span, work, part, solved=True)
-                dstate = group_gradients(group, starts[n], do, dstate, gradients)
+                group = prepare(tokens, everything, span, work, part, solved=True)
+                dstate = group_gradients(group, starts[n], dos, dstate, gradients)
             # A clipped decay is constant: only rounding noise is left of its gradient.
             dg.masked_fill_(g < LOG_ZERO, 0.0)
         dskip = None if skip is None or dskip is None else dskip.to(skip.dtype)
@@ -117,40 +117,39 @@ def _forward(tokens: Tokens, state: Tensor, keep: bool) -> tuple[Tensor, Tensor,
     Kept are the states (groups, B * H, K, V) before the groups, and of the delta rule the solution of all chunks.
     """
     batch, _, heads, width = tokens.v.shape
-    rows, spans, solution = batch * heads, cut(tokens), None
+    rows, spans = batch * heads, cut(tokens)
     kept: tuple[Tensor, ...] = ()
+    solution = None
     work = Workspace(internal_dtype(tokens.q, tokens.k, tokens.v, tokens.g, tokens.beta, state), tokens.v.device)
     o = torch.empty_like(tokens.v, memory_format=torch.contiguous_format)
     current = state.flatten(0, 1).to(work.dtype)
-    if tokens.delta:
-        size = (spans if keep else spans[:1])[-1].matrices(rows).stop
-        solution = Solution(work.tensor("inverse", size, CHUNK, CHUNK), work.tensor("u", size, CHUNK, width))
     if keep:
+        size = spans[-1].matrices(rows).stop
+        if tokens.delta:
+            solution = Solution(work.tensor("kept X", size, CHUNK, CHUNK), work.tensor("kept u", size, CHUNK, width))
         kept = (work.tensor("starts", len(spans), *current.shape), *(solution or ()))
     with full_precision(tokens.v.device):
-        times = timeline(tokens, work.dtype)
+        everything, outputs = sequence(tokens, work.dtype), Chunks(o)
         for n, span in enumerate(spans):
             if keep:
                 kept[0][n].copy_(current)
-            at = span.matrices(rows)
-            if not keep:  # the same place for every group
-                at = slice(0, at.stop - at.start)
-            part = None if solution is None else solution.of(at)
-            current = _forward_group(prepare(tokens, times, span, work, part, solved=False), current, o)
+            part = None if solution is None else solution.of(span.matrices(rows))
+            current = _forward_group(prepare(tokens, everything, span, work, part, solved=False), current, outputs)
     return o, current.view(state.shape).clone(), kept
 
 
-def _forward_group(group: Group, state: Tensor, o: Tensor) -> Tensor:
+def _forward_group(group: Group, state: Tensor, o: Chunks) -> Tensor:
     """Write a group's outputs into o; the state (B * H, K, V) after it, in one of two buffers."""
-    work, rows, width = group.work, state.shape[0], group.v.shape[2]
+    work, chunks, width = group.work, group.span.chunks, group.v.shape[2]
     through = work.tensor("through", *group.readers.shape[:2], width)
-    for n in range(group.span.chunks):
-        at = slice(n * rows, (n + 1) * rows)
-        torch.bmm(group.readers[at], state, out=through[at])
-        # Of the two buffers that take turns, the one that does not hold the state before.
-        turn = (group.span.first // CHUNK + n) % 2
-        state = group.step(at, state, through[at, CHUNK:], out=work.tensor(f"state {turn}", *state.shape))
+    turns = [work.tensor(f"state {n}", *state.shape) for n in range(2)]
+    if state is turns[0]:
+        turns.reverse()
+    for read, readers, step in zip(through.chunk(chunks), group.readers.chunk(chunks), group.steps(), strict=True):
+        torch.bmm(readers, state, out=read)
+        state = step.take(state, read[:, CHUNK:], out=turns[0])
+        turns.reverse()
     local = torch.bmm(group.scores, group.u, out=work.tensor("local", *group.u.shape))
     local.add_(through[:, :CHUNK])
-    store(local if group.skip is None else local.addcmul_(group.v, group.skip), group.span, o)
+    o.store(local if group.skip is None else local.addcmul_(group.v, group.skip), group.span)
     return state

@@ -7,22 +7,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybridvl.layers.ops.chunk_layout import CHUNK, Workspace, load, store
+from hybridvl.layers.ops.chunk_layout import CHUNK, Chunks, Workspace
 from hybridvl.layers.ops.chunked_groups import Group
 
 
 class Gradients(NamedTuple):
     """Where the gradients of `Tokens` go, each shaped as its input; skip's is added to."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    beta: Tensor
+    q: Chunks
+    k: Chunks
+    v: Chunks
+    g: Chunks
+    beta: Chunks
     skip: Tensor | None
 
 
-def group_gradients(group: Group, start: Tensor, do: Tensor, dstate: Tensor, out: Gradients) -> Tensor:
+def group_gradients(group: Group, start: Tensor, do: Chunks, dstate: Tensor, out: Gradients) -> Tensor:
     """Write a group's gradients into out; return that of the state (B * H, K, V) at its start.
 
     start: the state there. do: (B, T, H, V) of all outputs. dstate: (B * H, K, V) of the state after the group.
@@ -77,7 +77,7 @@ def group_gradients(group: Group, start: Tensor, do: Tensor, dstate: Tensor, out
         dk.addcmul_(k, dk_along + own_along, value=-1).mul_(group.norms[:, CHUNK:])
     gradients = (dq, dk, dv, dg.squeeze(-1), dbeta.squeeze(-1))
     for gradient, target in zip(gradients, (out.q, out.k, out.v, out.g, out.beta), strict=True):
-        store(gradient, group.span, target)
+        target.store(gradient, group.span)
     return dstates[0]
 
 
@@ -98,30 +98,33 @@ def _states(group: Group, start: Tensor) -> Tensor:
     states = group.work.tensor("states", group.span.chunks + 1, *start.shape)
     states[0].copy_(start)
     torch.bmm(group.keys.mT, group.u, out=states[1:].flatten(0, 1))
-    for before, after, total in zip(states, states[1:], group.total.unflatten(0, (-1, start.shape[0])), strict=False):
+    for before, after, total in zip(states, states[1:], group.total.chunk(group.span.chunks), strict=False):
         after.addcmul_(before, total)
     return states
 
 
-def _scan_back(group: Group, do: Tensor, dstate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _scan_back(group: Group, do: Chunks, dstate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The recurrence in reverse.
 
     Returns errors (M, 2C, V), do above w = X^T du, or (M, C, V) do alone without the delta rule; du (M, C, V);
     the gradients (n + 1, B * H, K, V) of the states around the chunks.
     """
-    work, rows, delta = group.work, dstate.shape[0], group.inverse is not None
+    work, chunks, delta = group.work, group.span.chunks, group.inverse is not None
     errors = work.tensor("errors", group.v.shape[0], (1 + delta) * CHUNK, group.v.shape[2])
-    load(do, group.span, errors[:, :CHUNK])
+    do.load(group.span, errors[:, :CHUNK])
     du = torch.bmm(group.scores.mT, errors[:, :CHUNK], out=work.tensor("du", *group.v.shape))
-    read = work.tensor("read", rows, CHUNK, group.v.shape[2])
-    dstates = work.tensor("dstates", group.span.chunks + 1, *dstate.shape)
+    read = work.tensor("read", dstate.shape[0], CHUNK, group.v.shape[2])
+    dstates = work.tensor("dstates", chunks + 1, *dstate.shape)
     dstates[-1].copy_(dstate)
-    for n in reversed(range(group.span.chunks)):
-        at = slice(n * rows, (n + 1) * rows)
-        du[at].add_(torch.bmm(group.keys[at], dstates[n + 1], out=read))
-        if group.inverse is not None:
-            errors[at, CHUNK:].copy_(torch.bmm(group.inverse[at].mT, du[at], out=read))
-        torch.bmm(group.readers[at].mT, errors[at], out=dstates[n]).addcmul_(dstates[n + 1], group.total[at])
+    *befores, after = dstates.unbind()
+    inverses = [None] * chunks if group.inverse is None else group.inverse.mT.chunk(chunks)
+    parts = (x.chunk(chunks) for x in (group.keys, du, errors, group.readers.mT, group.total))
+    steps = list(zip(befores, inverses, *parts, strict=True))
+    for before, inverse, keys, grown, error, readers, total in reversed(steps):
+        grown.add_(torch.bmm(keys, after, out=read))
+        if inverse is not None:
+            error[:, CHUNK:].copy_(torch.bmm(inverse, grown, out=read))
+        after = torch.bmm(readers, error, out=before).addcmul_(after, total)
     return errors, du, dstates
 
 

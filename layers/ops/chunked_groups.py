@@ -5,6 +5,7 @@ M = n * B * H matrices for a group of n chunks, as `chunk_layout` has them; form
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hybridvl.layers.ops.chunk_layout import CHUNK, Span, Tokens, Workspace, load
+from hybridvl.layers.ops.chunk_inverse import UnitLowerInverse
+from hybridvl.layers.ops.chunk_layout import CHUNK, Chunks, Span, Tokens, Workspace
 
 LOG_ZERO = -40.0  # log decays below this count as -inf: their product would be denormal numbers, which are slow
 _ZERO = 4.3e-18  # just above e^-40
@@ -37,6 +39,15 @@ class Timeline(NamedTuple):
     def of(self, matrices: slice) -> Timeline:
         """The part of some matrices."""
         return Timeline(*(x[matrices] for x in self))
+
+
+class Sequence(NamedTuple):
+    """Tokens chunk by chunk, with the decays and beta of all of them."""
+
+    q: Chunks
+    k: Chunks
+    v: Chunks
+    times: Timeline
 
 
 class Solution(NamedTuple):
@@ -64,7 +75,7 @@ class Group:
         inverse: (M, C, C) X, None without the delta rule.
         readers: what is multiplied by the state: (M, 2C, K) s e^c q above -beta e^c k, or (M, C, K) s e^c q.
         keys: (M, C, K) e^(c_C - c) k, which is written into the state.
-        u: (M, C, V), filled in by `step` unless it has been solved; without the delta rule, beta v.
+        u: (M, C, V), filled in by `Step.take` unless it has been solved; without the delta rule, beta v.
     """
 
     span: Span
@@ -86,20 +97,40 @@ class Group:
     keys: Tensor
     u: Tensor
 
-    def step(self, at: slice, state: Tensor, read: Tensor, out: Tensor) -> Tensor:
-        """u of one chunk, and into out the state after it, from the state (B * H, K, V) before.
+    def steps(self) -> Iterator[Step]:
+        """Its chunks, in order."""
+        chunks = self.span.chunks
+        inverses = [None] * chunks if self.inverse is None else self.inverse.chunk(chunks)
+        parts = (x.chunk(chunks) for x in (self.v, self.beta, self.keys.mT, self.u, self.total))
+        return map(Step, inverses, *parts)
+
+
+class Step(NamedTuple):
+    """What leads through a chunk; letters and shapes as in `Group`, the keys transposed, B * H matrices of each."""
+
+    inverse: Tensor | None
+    v: Tensor
+    beta: Tensor
+    keys: Tensor
+    u: Tensor
+    total: Tensor
+
+    def take(self, state: Tensor, read: Tensor, out: Tensor) -> Tensor:
+        """Write u, and into out the state after the chunk, from the state (B * H, K, V) before.
 
         read: (B * H, C, V) -beta e^c (k S), overwritten; not used without the delta rule.
         """
         if self.inverse is not None:
-            read.addcmul_(self.v[at], self.beta[at])
-            torch.bmm(self.inverse[at], read, out=self.u[at])
-        torch.bmm(self.keys[at].mT, self.u[at], out=out)
-        return out.addcmul_(state, self.total[at])
+            torch.bmm(self.inverse, read.addcmul_(self.v, self.beta), out=self.u)
+        return torch.bmm(self.keys, self.u, out=out).addcmul_(state, self.total)
 
 
-def timeline(tokens: Tokens, dtype: torch.dtype) -> Timeline:
-    """The decays and beta of all tokens."""
+def sequence(tokens: Tokens, dtype: torch.dtype) -> Sequence:
+    """All tokens, ready to be loaded in groups."""
+    return Sequence(Chunks(tokens.q), Chunks(tokens.k), Chunks(tokens.v), _timeline(tokens, dtype))
+
+
+def _timeline(tokens: Tokens, dtype: torch.dtype) -> Timeline:
     g = tokens.g
     batch, time, heads = g.shape
     chunks = -(-time // CHUNK)
@@ -107,47 +138,46 @@ def timeline(tokens: Tokens, dtype: torch.dtype) -> Timeline:
     # float64 where there is any: differences of long sums keep their digits beside a strong decay.
     exact = torch.float32 if g.device.type == "mps" else torch.float64
     c = torch.empty(chunks * batch * heads, CHUNK, 1, dtype=exact, device=g.device)
-    load(g[..., None], everything, c)
+    Chunks(g[..., None]).load(everything, c)
     c = c.clamp_(min=2 * LOG_ZERO).cumsum(1)
     high = c.to(dtype, copy=True)
     low = (c - high).to(dtype)
     start, end, total = (_exp(x.to(dtype, copy=True)) for x in (c, c[:, -1:] - c, c[:, -1:]))
     beta = torch.empty_like(high)
-    load(tokens.beta[..., None], everything, beta)
+    Chunks(tokens.beta[..., None]).load(everything, beta)
     return Timeline(high, low, start, end, total, beta)
 
 
 def prepare(
-    tokens: Tokens, times: Timeline, span: Span, work: Workspace, solution: Solution | None, solved: bool
+    tokens: Tokens, everything: Sequence, span: Span, work: Workspace, kept: Solution | None, solved: bool
 ) -> Group:
     """Load a group and compute all that does not depend on the state.
 
-    solution: where X, and later u, are written, or read when they have been solved; None without the delta rule.
+    kept: where X, and later u, are written to be kept, or, when solved, are read; None to keep nothing.
     """
     batch, _, heads, value_dim = tokens.v.shape
     size, key_dim = span.chunks * batch * heads, tokens.k.shape[-1]
-    high, low, start, end, total, beta = times.of(span.matrices(batch * heads))
+    high, low, start, end, total, beta = everything.times.of(span.matrices(batch * heads))
     qk = work.tensor("qk", size, 2 * CHUNK, key_dim)
     q, k = qk[:, :CHUNK], qk[:, CHUNK:]
     v = work.tensor("v", size, CHUNK, value_dim)
-    for source, target in ((tokens.q, q), (tokens.k, k), (tokens.v, v)):
-        load(source, span, target)
+    for source, target in zip(everything[:3], (q, k, v), strict=True):
+        source.load(span, target)
     norms = None if tokens.unit_eps is None else _normalize(qk, tokens.unit_eps, work)
     decay = _decay(high, low, work)
-    rows = CHUNK if solution is None else 2 * CHUNK
+    rows = 2 * CHUNK if tokens.delta else CHUNK
     products = torch.bmm(qk[:, :rows], k.mT, out=work.tensor("products", size, rows, CHUNK))
     scores = torch.mul(products[:, :CHUNK], decay, out=work.tensor("scores", size, CHUNK, CHUNK)).mul_(tokens.scale)
-    readers = work.tensor("readers", size, CHUNK if solution is None else 2 * CHUNK, key_dim)
+    readers = work.tensor("readers", size, rows, key_dim)
     _multiply(q, start * tokens.scale, readers[:, :CHUNK])
-    inverse = None
-    if solution is None:
-        u = torch.mul(v, beta, out=work.tensor("u", size, CHUNK, value_dim))
-    else:
-        inverse, u = solution
+    inverse, u = kept if kept is not None else (None, work.tensor("u", size, CHUNK, value_dim))
+    if tokens.delta:
+        _multiply(k, (beta * start).neg_(), readers[:, CHUNK:])
         if not solved:
             # Inverted with its decays: without them the inverse of long keys may overflow where resets keep it small.
-            _unit_lower_inverse(products[:, CHUNK:].mul_(decay).mul_(beta).tril_(-1), out=inverse)
-        _multiply(k, (beta * start).neg_(), readers[:, CHUNK:])
+            inverse = _inverse(products[:, CHUNK:].mul_(decay).mul_(beta.neg()), work, inverse)
+    else:
+        torch.mul(v, beta, out=u)
     keys = torch.mul(k, end, out=work.tensor("keys", size, CHUNK, key_dim))
     skip = None if tokens.skip is None else tokens.skip.to(work.dtype).repeat(size // heads)[:, None, None]
     return Group(
@@ -201,25 +231,8 @@ def _exp(log: Tensor) -> Tensor:
     return F.threshold(log.clamp_(min=LOG_ZERO).exp_(), _ZERO, 0.0, inplace=True)
 
 
-def _unit_lower_inverse(lower: Tensor, out: Tensor) -> Tensor:
-    """(I + lower)^-1 into `out`, for strictly lower triangular matrices (M, C, C), C a power of two.
-
-    Block recursion: the inverse of [[P, 0], [Q, R]] is [[P', 0], [-R' Q P', R']].
-    """
-    size = lower.shape[-1]
-    out.zero_().diagonal(dim1=1, dim2=2).fill_(1)
-    half = 1
-    while half < size:
-        blocks = _diagonal_blocks(out, 2 * half)
-        corner = _diagonal_blocks(lower, 2 * half)[:, :, half:, :half]
-        if half > 1:
-            corner = blocks[:, :, half:, half:] @ corner @ blocks[:, :, :half, :half]
-        _multiply(corner, -1.0, blocks[:, :, half:, :half])
-        half *= 2
-    return out
-
-
-def _diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
-    """A view (M, C / size, size, size) of the blocks on the diagonal of (M, C, C)."""
-    grid = matrix.unflatten(2, (-1, size)).unflatten(1, (-1, size))  # (M, n, size, n, size)
-    return grid.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+def _inverse(matrices: Tensor, work: Workspace, kept: Tensor | None) -> Tensor:
+    """X of -strict_lower(beta k k^T) D, copied to where it is kept."""
+    solver = work.once(("inverse", matrices.shape[0]), lambda: UnitLowerInverse(matrices, work))
+    inverse = solver.solve()
+    return inverse if kept is None else kept.copy_(inverse)

@@ -11,7 +11,7 @@ from hybridvl.layers.ops.checks import check_floating, check_segments, check_sha
 from hybridvl.layers.ops.chunked import chunked_recurrence, chunked_recurrence_flops
 from hybridvl.layers.ops.packing import map_segments
 
-_L2_EPS = 1e-6
+L2_EPS = 1e-6  # of the unit length of queries and keys, as in fla
 _STEPWISE_TOKENS = 4  # up to here the recurrence itself is faster than a chunk
 
 
@@ -54,7 +54,7 @@ def gated_delta_rule(
         from hybridvl.layers.ops.kernels import fla
 
         return fla.gated_delta_rule(q, k, v, g, beta, initial_state, factor, qk_l2norm, cu_seqlens)
-    unit_eps = _L2_EPS if qk_l2norm else None
+    unit_eps = L2_EPS if qk_l2norm else None
 
     def segments(tokens: list[Tensor], state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         if state is None:

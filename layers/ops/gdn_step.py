@@ -11,8 +11,7 @@ from hybridvl.layers.ops.backend import resolve_backend
 from hybridvl.layers.ops.checks import check_floating, check_shape, full_precision, internal_dtype
 from hybridvl.layers.ops.conv_step import causal_conv_step, causal_conv_step_reference
 from hybridvl.layers.ops.delta_step import delta_rule_step, delta_rule_step_reference
-
-L2_EPS = 1e-6  # of the unit length of queries and keys, as in `gated_delta_rule`
+from hybridvl.layers.ops.gated_delta_rule import L2_EPS
 
 
 @torch.no_grad()
