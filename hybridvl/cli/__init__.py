@@ -27,6 +27,7 @@ _COMMANDS = {
     "validate": _Command("hybridvl.cli.training", ("validate",), "teacher-forced accuracy of a checkpoint"),
     "test": _Command("hybridvl.cli.training", ("test",), "score generated replies of a checkpoint"),
     "predict": _Command("hybridvl.cli.training", ("predict",), "write the replies of a checkpoint to a file"),
+    "pipeline": _Command("hybridvl.cli.pipeline", (), "run the stages of a pipeline, skipping what is done"),
     "generate": _Command("hybridvl.cli.generate", (), "reply to prompts about images and videos"),
     "convert": _Command("hybridvl.cli.convert", (), "turn a checkpoint into a model of another layer pattern"),
     "plan": _Command("hybridvl.cli.plan", (), "parameters, FLOPs and state bytes of layer patterns, side by side"),

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from hybridvl.cli.arguments import take_flags
 from hybridvl.layers.errors import ConfigError
 
 _OPTION = r"\.(?P<mixer>\w+)\.(?P<option>\w+)(?:=(?P<value>.*))?"
@@ -40,21 +41,13 @@ def merge_mixer_flags(arguments: Sequence[str], recipes: Iterable[Path]) -> list
 def take_mixer_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """The arguments without every `--mixer.NAME.OPTION VALUE`, and those options by mixer; for commands whose other
     arguments argparse reads. ConfigError for a flag without a value or with one that is not YAML."""
-    rest: list[str] = []
+    rest, flags = take_flags(arguments, _FLAG)
     options: dict[str, dict[str, Any]] = {}
-    waiting = iter(arguments)
-    for argument in waiting:
-        match = _FLAG.fullmatch(argument)
-        if match is None:
-            rest.append(argument)
-            continue
-        value = match["value"] if match["value"] is not None else next(waiting, None)
-        if value is None or (match["value"] is None and value.startswith("--")):
-            raise ConfigError(f"{argument}: expected a value after it")
+    for flag, value in flags:
         try:
-            options.setdefault(match["mixer"], {})[match["option"]] = yaml.safe_load(value)
+            options.setdefault(flag["mixer"], {})[flag["option"]] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ConfigError(f"{argument} {value!r}: not valid YAML") from error
+            raise ConfigError(f"{flag[0]} {value!r}: not valid YAML") from error
     return rest, options
 
 

@@ -11,7 +11,7 @@ import pytest
 import hybridvl
 from hybridvl.cli import main
 
-COMMANDS = ("fit", "validate", "test", "predict", "generate", "plan", "bench", "doctor")
+COMMANDS = ("fit", "validate", "test", "predict", "pipeline", "generate", "plan", "bench", "doctor")
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

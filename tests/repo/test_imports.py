@@ -23,7 +23,7 @@ LEVELS = [
     {"data", "hf", "plan"},
     {"inference", "conversion"},
     {"training"},
-    {"bench"},
+    {"bench", "pipeline"},
     {"cli"},
     {"__main__"},
 ]
