@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest import Largest
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hybridvl.training.losses import label_positions, linear_cross_entropy
 
@@ -48,25 +45,11 @@ def test_no_tokens_give_zero_loss_and_zero_gradients() -> None:
     assert not weight.grad.any()
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operator made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        self.numel = max([self.numel, *sizes])
-        return out
-
-
 @pytest.mark.parametrize("chunk", [8, 32])
 def test_no_tensor_is_as_large_as_the_logits_of_more_than_a_chunk(chunk: int) -> None:
     tokens, width, vocab = 128, 4, 500
     hidden, weight, labels = _inputs(tokens, width, vocab, torch.float32)
-    with _Largest() as largest:
+    with Largest() as largest:
         linear_cross_entropy(hidden, weight, labels, chunk).loss.backward()
     assert largest.numel == chunk * vocab
 

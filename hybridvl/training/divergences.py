@@ -1,0 +1,210 @@
+"""Divergences between two models' next tokens straight from hidden states: few tokens have logits at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hybridvl.layers.errors import ConfigError
+
+DIVERGENCES = ("forward", "reverse", "jensen_shannon")
+"""What `linear_divergence` can measure."""
+
+
+def linear_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    kind: str = "forward",
+    temperature: float = 1.0,
+    token_chunk: int = 128,
+    vocab_chunk: int = 4096,
+) -> Tensor:
+    """How far a student's next-token distributions are from a teacher's, without ever holding the logits of all tokens.
+
+    With p = softmax(teacher_hidden @ teacher_weight.T / temperature) and q the same of the student, in nats:
+    "forward" is KL(p || q), "reverse" is KL(q || p), "jensen_shannon" is (KL(p || m) + KL(q || m)) / 2 with
+    m = (p + q) / 2. The mean over the tokens, whatever their number, is multiplied by temperature ** 2, so that the
+    size of the gradients does not fall with the temperature (Hinton et al., 2015).
+
+    Logits are computed once, `token_chunk` tokens at a time, and the gradients in the same sweep: both models' logits
+    of one such chunk, 2 * token_chunk * V numbers, are the memory it takes beside the gradients themselves. What is
+    done with the logits is done in tiles of `vocab_chunk` columns. Products are in the inputs' dtype (autocast's where
+    it is on), all else in float32 (float64 for float64 input). The result does not depend on the chunks but for
+    rounding. The teacher gets no gradient. Not twice differentiable.
+
+    Args:
+        student_hidden: (N, D) hidden states after the final norm.
+        student_weight: (V, D) output head.
+        teacher_hidden: (N, E) of the same tokens.
+        teacher_weight: (V, E); E may differ from D.
+        kind: one of `DIVERGENCES`.
+        temperature: what the logits of both are divided by.
+        token_chunk: tokens that have logits at a time.
+        vocab_chunk: columns of a tile.
+
+    Returns:
+        () float32 (float64 for float64 input); 0, with zero gradients, when there are no tokens.
+
+    Raises:
+        ConfigError: another kind, a temperature or chunk that is not positive, sizes that do not fit together.
+    """
+    if kind not in _MEASURES:
+        raise ConfigError(f"divergence: {kind!r}; expected one of {', '.join(DIVERGENCES)}")
+    if not 0 < temperature < math.inf:
+        raise ConfigError(f"temperature: {temperature!r}; expected a finite number above 0")
+    for name, chunk in (("token_chunk", token_chunk), ("vocab_chunk", vocab_chunk)):
+        if chunk < 1:
+            raise ConfigError(f"{name}: {chunk!r}; expected a whole number of at least 1")
+    _check_sizes(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    settings = _Settings(_MEASURES[kind], temperature, token_chunk, vocab_chunk, torch.is_grad_enabled())
+    return _LinearDivergence.apply(student_hidden, student_weight, teacher_hidden, teacher_weight, settings)
+
+
+def _check_sizes(
+    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor
+) -> None:
+    if student_weight.shape[0] != teacher_weight.shape[0]:
+        raise ConfigError(
+            f"the student's vocabulary has {student_weight.shape[0]} tokens and the teacher's "
+            f"{teacher_weight.shape[0]}; expected the same vocabulary"
+        )
+    if student_hidden.shape[0] != teacher_hidden.shape[0]:
+        raise ConfigError(
+            f"the student has hidden states of {student_hidden.shape[0]} tokens and the teacher of "
+            f"{teacher_hidden.shape[0]}; expected the same tokens"
+        )
+    pairs = ("student", student_hidden, student_weight), ("teacher", teacher_hidden, teacher_weight)
+    for owner, hidden, weight in pairs:
+        if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+            raise ConfigError(
+                f"the {owner}'s hidden states have the shape {tuple(hidden.shape)} and its head {tuple(weight.shape)}; "
+                "expected (N, D) and (V, D)"
+            )
+
+
+_Measure = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""From a tile's log q and log p, both (C, columns) and overwritten, to its part of the divergence (C,), and of what
+`_LinearDivergence` must centre the gradient by (C,), None where it is centred already.
+
+Left in log q's memory is r and, where it must be centred, q in log p's: the gradient with respect to the student's
+logits is r - q * sum(r), the sum over all columns."""
+
+
+def _forward_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor | None]:
+    gap = log_p - log_q
+    p = log_p.exp_()
+    log_q.exp_().sub_(p)
+    return gap.mul_(p).sum(-1), None
+
+
+def _reverse_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor | None]:
+    gap = log_q - log_p
+    q = torch.exp(log_q, out=log_p)
+    part = torch.mul(gap, q, out=log_q).sum(-1)
+    return part, part
+
+
+def _jensen_shannon(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor | None]:
+    gap = log_p - log_q
+    # log(p / m) = log(2) - log(1 + exp(-gap)), and log(q / m) the same of gap: nothing overflows, p and q may be 0.
+    least = gap.abs().neg_().exp_().log1p_().neg_().add_(math.log(2))
+    from_teacher = gap.clamp(max=0).add_(least).mul_(log_p.exp_()).sum(-1)
+    q = torch.exp(log_q, out=log_p)
+    from_student = torch.mul(least.sub_(gap.clamp_(min=0)), q, out=log_q).mul_(0.5).sum(-1)
+    return from_teacher * 0.5 + from_student, from_student
+
+
+_MEASURES: dict[str, _Measure] = dict(zip(DIVERGENCES, (_forward_kl, _reverse_kl, _jensen_shannon), strict=True))
+
+
+@dataclass(frozen=True)
+class _Settings:
+    measure: _Measure
+    temperature: float
+    token_chunk: int
+    vocab_chunk: int
+    differentiate: bool
+
+    def tiles(self, vocabulary: int) -> list[slice]:
+        return [slice(start, start + self.vocab_chunk) for start in range(0, vocabulary, self.vocab_chunk)]
+
+
+class _LinearDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, settings: _Settings
+    ) -> Tensor:
+        precise = torch.float32
+        for tensor in (hidden, weight, teacher_hidden, teacher_weight):
+            precise = torch.promote_types(precise, tensor.dtype)
+        tokens, tiles = hidden.shape[0], settings.tiles(weight.shape[0])
+        want_hidden, want_weight = (settings.differentiate and ctx.needs_input_grad[i] for i in (0, 1))
+        grad_hidden = torch.zeros(hidden.shape, dtype=precise, device=hidden.device) if want_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=precise, device=weight.device) if want_weight else None
+        total = torch.zeros((), dtype=precise, device=hidden.device)
+        memory = hidden.new_empty((2, min(settings.token_chunk, tokens), weight.shape[0]), dtype=precise)
+        for start in range(0, tokens, settings.token_chunk):
+            rows = slice(start, min(start + settings.token_chunk, tokens))
+            q, p = memory[:, : rows.stop - rows.start]  # (C, V): log probabilities, then the gradient
+            _log_probabilities(hidden[rows], weight, settings.temperature, tiles, q)
+            _log_probabilities(teacher_hidden[rows], teacher_weight, settings.temperature, tiles, p)
+            value, centre = _measured(settings.measure, q, p, tiles)
+            total += value
+            for tile in tiles if want_hidden or want_weight else ():
+                residual = q[:, tile]
+                if centre is not None:
+                    residual.addcmul_(p[:, tile], centre, value=-1)
+                if grad_hidden is not None:
+                    grad_hidden[rows] += residual.to(weight.dtype) @ weight[tile]
+                if grad_weight is not None:
+                    grad_weight[tile] += residual.to(hidden.dtype).T @ hidden[rows]
+        ctx.scale = settings.temperature / max(tokens, 1)
+        ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total * (settings.temperature**2 / max(tokens, 1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad * ctx.scale
+        to_hidden = None if grad_hidden is None else (grad_hidden * scale).to(ctx.hidden_dtype)
+        to_weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
+        return to_hidden, to_weight, None, None, None
+
+
+def _log_probabilities(hidden: Tensor, weight: Tensor, temperature: float, tiles: Sequence[slice], out: Tensor) -> None:
+    """Write log_softmax(hidden (C, D) @ weight.T / temperature) to out (C, V), tile by tile."""
+    largest = out.new_full((out.shape[0], 1), -math.inf)
+    total = torch.zeros_like(largest)  # of exp(logit - largest)
+    for tile in tiles:
+        logits = out[:, tile].copy_(hidden @ weight[tile].T)
+        if temperature != 1:
+            logits.div_(temperature)
+        before, largest = largest, torch.maximum(largest, logits.amax(-1, keepdim=True))
+        total = total * (before - largest).exp_() + (logits - largest).exp_().sum(-1, keepdim=True)
+    total.log_()
+    for tile in tiles:
+        # One after the other: their sum would round off what tells large logits apart.
+        out[:, tile].sub_(largest).sub_(total)
+
+
+def _measured(measure: _Measure, log_q: Tensor, log_p: Tensor, tiles: Sequence[slice]) -> tuple[Tensor, Tensor | None]:
+    """The divergence summed over the tokens, and the (C, 1) sums to centre by; log_q and log_p (C, V) are overwritten
+    as `_Measure` says."""
+    values = log_q.new_zeros(log_q.shape[0])
+    centre: Tensor | None = None
+    for tile in tiles:
+        value, part = measure(log_q[:, tile], log_p[:, tile])
+        values += value
+        if part is not None:
+            centre = part if centre is None else centre + part
+    return values.sum(), None if centre is None else centre.unsqueeze(1)
