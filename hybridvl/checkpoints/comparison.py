@@ -32,6 +32,13 @@ def check_same_model(saved: ModelConfig, own: ModelConfig, place: str) -> None:
         )
 
 
+def check_same_sizes(saved: ModelConfig, own: ModelConfig, place: str) -> None:
+    """Raise ConfigError with both values of every size and setting outside the mixers in which two models differ."""
+    differences = _size_differences(saved, own)
+    if differences:
+        raise ConfigError(f"{place}: {'; '.join(differences)}")
+
+
 def lost_options(own: ModelConfig, read: ModelConfig, ignored: frozenset[str]) -> list[str]:
     """What of `own` was lost when it was written in a format and `read` again; `ignored` fields do not matter."""
     found: list[str] = []

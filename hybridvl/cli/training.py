@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jsonargparse import set_parsing_settings
@@ -26,8 +26,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hybridvl.cli.messages import explain, with_path
 from hybridvl.cli.mixer_flags import merge_mixer_flags
+from hybridvl.cli.stages import net_of_source, stage_class, stage_name
 from hybridvl.data.module import ChatDataModule
 from hybridvl.layers.errors import ConfigError
+from hybridvl.training.base import TrainingModule
 from hybridvl.training.callbacks.checkpoints import BEST, LAST, Checkpoints
 from hybridvl.training.callbacks.exact_resume import ExactResume
 from hybridvl.training.callbacks.examples import ExampleImages
@@ -41,7 +43,6 @@ from hybridvl.training.callbacks.run_summary import RunSummary
 from hybridvl.training.callbacks.state_norms import StateNorms
 from hybridvl.training.callbacks.throughput import Throughput
 from hybridvl.training.checkpoint_io import AtomicCheckpointIO
-from hybridvl.training.supervised import SupervisedTuning
 from hybridvl.training.trainer import is_dry_run, run_folder
 
 DESCRIPTIONS = {
@@ -67,6 +68,8 @@ class RunConfig:
         name: name of the experiment.
         root: folder of all runs.
         version: folder of this run; null numbers them (version_0, version_1, ...).
+        stage: what is trained, and so which settings `model` takes: supervised (SupervisedTuning), layers
+            (LayerDistillation) or logits (LogitDistillation).
         test: whether a fit ends with the test.
         threads: CPU threads of the main process; small models run fastest on 1. null leaves torch's choice.
     """
@@ -74,6 +77,7 @@ class RunConfig:
     name: str = "run"
     root: str = "runs"
     version: str | None = None
+    stage: Literal["supervised", "layers", "logits"] = "supervised"
     test: bool = True
     threads: int | None = None
 
@@ -130,9 +134,11 @@ class TrainingCLI(LightningCLI):
         _Parser.flags = [word[2:].partition("=")[0] for word in arguments if word.startswith("--")]
         set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
         self._made: Path | None = None
+        self._stage = stage_name(arguments, _Parser.recipes)
+        found = net_of_source(arguments, _Parser.recipes) if self._stage == "supervised" else []
         try:
             super().__init__(
-                SupervisedTuning,
+                stage_class(self._stage),
                 ChatDataModule,
                 save_config_callback=_SaveConfig,
                 save_config_kwargs={"overwrite": True},
@@ -148,7 +154,7 @@ class TrainingCLI(LightningCLI):
                     },
                 },
                 parser_class=_Parser,
-                args=[command, *merge_mixer_flags(arguments, _Parser.recipes)],
+                args=[command, *found, *merge_mixer_flags(arguments, _Parser.recipes)],
                 auto_configure_optimizers=False,
             )
         except ConfigError:
@@ -204,7 +210,10 @@ class TrainingCLI(LightningCLI):
         return found[-1]
 
     def before_instantiate_classes(self) -> None:
-        """Refuse a fit without an end, which Lightning would run for 1,000 epochs."""
+        """Refuse a stage given in another way, and a fit without an end, which Lightning would run for 1,000 epochs."""
+        stage = self._get(self.config, "run").stage
+        if stage != self._stage:
+            raise ConfigError(f"run.stage: {stage!r} was found too late; expected it in a recipe or as --run.stage")
         settings = self._get(self.config, "trainer")
         ends = (settings.max_epochs, settings.max_time, None if settings.max_steps == -1 else settings.max_steps)
         if self._command == "fit" and not settings.fast_dev_run and all(end is None for end in ends):
@@ -285,11 +294,11 @@ class TrainingCLI(LightningCLI):
         """Make the run folder."""
         self._make_folder()
 
-    def validate(self, model: SupervisedTuning, datamodule: ChatDataModule, ckpt_path: str) -> None:
+    def validate(self, model: TrainingModule, datamodule: ChatDataModule, ckpt_path: str) -> None:
         """Validate without Lightning's table of metrics; the report has them."""
         self.trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
 
-    def test(self, model: SupervisedTuning, datamodule: ChatDataModule, ckpt_path: str) -> None:
+    def test(self, model: TrainingModule, datamodule: ChatDataModule, ckpt_path: str) -> None:
         """Test without Lightning's table of metrics; the report has them."""
         self.trainer.test(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
 

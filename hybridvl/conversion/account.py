@@ -37,6 +37,11 @@ def mixer_prefix(layer: int) -> str:
     return f"decoder.layers.{layer}.mixer."
 
 
+def same_layer(before: MixerConfig, after: MixerConfig) -> bool:
+    """Whether two layers are the same, backends aside: their weights, and what they compute with them."""
+    return same_weights(after, before) and not _changes(before, after)
+
+
 def account(
     shapes: Mapping[str, tuple[int, ...]],
     old: VisionLanguageModel,

@@ -34,7 +34,15 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, sequence: Sequence, state: State | None = None) -> Tensor:
         """x (B, T, D) to (B, T, D); the state, if given, is updated in place."""
-        x = x + self.mixer(self.mixer_norm(x), sequence, state)
+        return self.finish(x, self.mix(x, sequence, state))
+
+    def mix(self, x: Tensor, sequence: Sequence, state: State | None = None) -> Tensor:
+        """The mixer's output (B, T, D), before it is added to x (B, T, D)."""
+        return self.mixer(self.mixer_norm(x), sequence, state)
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """What follows the mixer: `mixed` (B, T, D) added to x, then the SwiGLU."""
+        x = x + mixed
         if self.mlp is None or self.mlp_norm is None:
             return x
         return x + self.mlp(self.mlp_norm(x))

@@ -287,17 +287,27 @@ class VisionLanguageModel(nn.Module):
         check_layout(shape, attention_mask, cu_seqlens, None if state is None else state.length)
         if tuple(position_ids.shape) != (3, *shape):
             raise ConfigError(f"position_ids: shape {tuple(position_ids.shape)}; expected {(3, *shape)}")
-        rotary = {
-            dim: multimodal_rotary(position_ids, sections, self.config.rope_theta, embeds.dtype)
-            for dim, sections in self._rotary_sections.items()
-        }
-        mask = None if attention_mask is None else attention_mask != 0
         states = None if state is None else state.layers
-        hidden = self.decoder(embeds, Sequence(rotary, mask, cu_seqlens), states, collected)
+        sequence = self.layer_sequence(embeds, position_ids, attention_mask, cu_seqlens)
+        hidden = self.decoder(embeds, sequence, states, collected)
         if state is not None:
             tokens = row_lengths(embeds, attention_mask, cu_seqlens)
             state.advance(tokens, row_ends(position_ids, attention_mask, cu_seqlens))
         return hidden
+
+    def layer_sequence(
+        self,
+        embeds: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Sequence:
+        """What the layers share about embeddings (B, T, D) at positions (3, B, T), for who calls them one by one."""
+        rotary = {
+            dim: multimodal_rotary(position_ids, sections, self.config.rope_theta, embeds.dtype)
+            for dim, sections in self._rotary_sections.items()
+        }
+        return Sequence(rotary, None if attention_mask is None else attention_mask != 0, cu_seqlens)
 
     def _scatter(
         self, embeds: Tensor, input_ids: Tensor, kind: str, token: int, pixels: Tensor | None, grid_thw: Tensor | None

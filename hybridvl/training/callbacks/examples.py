@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hybridvl.data.images import ImageConfig
 from hybridvl.data.module import ChatDataModule
 from hybridvl.training.answers import Question
-from hybridvl.training.supervised import SupervisedTuning
+from hybridvl.training.base import TrainingModule
 
 INCHES, DPI = (4.0, 4.4), 100
 
@@ -44,7 +44,7 @@ class ExampleImages(Callback):
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if batch_idx or trainer.sanity_checking or not self.count or not loggers or not trainer.is_global_zero:
             return
-        if not isinstance(pl_module, SupervisedTuning):
+        if not isinstance(pl_module, TrainingModule):
             return
         questions = spread(pl_module.questions(batch), self.count)
         datamodule = getattr(trainer, "datamodule", None)

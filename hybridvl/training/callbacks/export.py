@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from hybridvl.checkpoints import save
 from hybridvl.data.module import ChatDataModule
 from hybridvl.inference.processor import Processor
-from hybridvl.training.supervised import SupervisedTuning
+from hybridvl.training.base import TrainingModule
 from hybridvl.training.trainer import is_dry_run, run_folder
 
 
@@ -16,7 +16,7 @@ class ExportModel(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it, once."""
-        if not isinstance(pl_module, SupervisedTuning) or not trainer.is_global_zero or is_dry_run(trainer):
+        if not isinstance(pl_module, TrainingModule) or not trainer.is_global_zero or is_dry_run(trainer):
             return
         folder = run_folder(trainer) / "model"
         save(pl_module.net, folder)

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from hybridvl.training.supervised import SupervisedTuning
+from hybridvl.training.base import TrainingModule
 
 DEFAULT_METRICS = ("val/loss", "val/token_accuracy", "val/exact", "test/exact", "test/digit_accuracy")
 
@@ -44,7 +44,7 @@ class HParams(Callback):
 
 
 def _settings(module: LightningModule) -> dict[str, Any]:
-    if not isinstance(module, SupervisedTuning):
+    if not isinstance(module, TrainingModule):
         return {}
     net, optimizer = module.config, module.optimizer_config
     return {

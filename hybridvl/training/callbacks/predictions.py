@@ -12,7 +12,7 @@ from hybridvl.training.trainer import run_folder
 
 
 class PredictionWriter(Callback):
-    """Writes predictions.jsonl: one object a question, as `SupervisedTuning.predict_step` returns it.
+    """Writes predictions.jsonl: one object a question, as `TrainingModule.predict_step` returns it.
 
     With several processes, the questions of the first come first, then those of the second, and so on.
     """

@@ -10,9 +10,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from hybridvl.training.base import TrainingModule
 from hybridvl.training.callbacks.checkpoints import BEST, LAST, Checkpoints, checkpoint_folder
 from hybridvl.training.callbacks.throughput import Throughput
-from hybridvl.training.supervised import SupervisedTuning
 from hybridvl.training.trainer import is_dry_run, run_folder
 from hybridvl.training.versions import versions
 
@@ -94,7 +94,7 @@ class RunSummary(Callback):
         facts = {
             **earlier,
             "metrics": {**earlier.get("metrics", {}), **self.metrics},
-            "pattern": module.net.pattern if isinstance(module, SupervisedTuning) else None,
+            "pattern": module.net.pattern if isinstance(module, TrainingModule) else None,
             "parameters": sum(p.numel() for p in parameters),
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             **self._facts,

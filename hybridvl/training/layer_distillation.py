@@ -1,0 +1,218 @@
+"""Distillation layer by layer: each replaced layer learns to do to the teacher's own input what the teacher's does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hybridvl.layers.errors import ConfigError
+from hybridvl.layers.norms import at_least_float32
+from hybridvl.models.block import Block
+from hybridvl.models.positions import VisualGrids
+from hybridvl.training.base import Batch, TrainingModule, causal_inputs
+from hybridvl.training.distributed import processes, summed
+from hybridvl.training.optim import OptimizerConfig
+from hybridvl.training.student import StudentConfig, build_pair, check_replaced
+
+LAYER_LOSSES = ("mse", "relative_mse", "cosine")
+MATCHES = ("layer", "mixer")
+
+
+class LayerLoss(NamedTuple):
+    """How far one layer is from the teacher's.
+
+    layer: its number.
+    loss: (), mean over the real tokens of this process's batch, float32 (float64 for float64 models).
+    gradients: of the loss, one for each of the layer's trained parameters; none where they were not asked for.
+    """
+
+    layer: int
+    loss: Tensor
+    gradients: tuple[Tensor, ...]
+
+
+class LayerDistillation(TrainingModule):
+    """Trains the mixers of the layers that differ from the teacher's.
+
+    Every one is fed the teacher's own input to that layer, so that no layer learns to mend what another did; the loss
+    is the mean over these layers of their distance from the teacher's layer, over real tokens. The teacher runs once,
+    layer by layer beside the student, up to the last replaced layer and without its head. A layer is differentiated as
+    soon as it has run: the graph of one layer is alive at a time, whatever the depth.
+
+    Logs train/loss, train/layer_<i>, train/lr, train/gradient_norm; val/loss, val/layer_<i>; and with a test the scores
+    of the student's replies.
+
+    Args:
+        student: teacher and student.
+        loss: "mse" (mean over the width of squared differences), "relative_mse" (a token's squared distance over the
+            squared length of the teacher's vector) or "cosine" (one minus the cosine between the two).
+        match: "layer" compares outputs of whole layers, "mixer" those of the mixers before they are added to the
+            residual stream.
+        optimizer: AdamW and its schedule.
+        freeze: what of the replaced mixers is not trained; see `hybridvl.training.freezing`. Layers of which nothing is
+            trained are left out.
+        loss_factor: gradients are of the loss times this; the paper takes 1000. AdamW alone does not see it, but
+            clipping does.
+        reply_tokens: longest reply that the test and predictions write.
+    """
+
+    def __init__(
+        self,
+        student: StudentConfig,
+        loss: Literal["mse", "relative_mse", "cosine"] = "mse",
+        match: Literal["layer", "mixer"] = "layer",
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen, so sharing it is safe
+        freeze: Sequence[str] = (),
+        loss_factor: float = 1.0,
+        reply_tokens: int = 64,
+    ) -> None:
+        for name, value, accepted in (("loss", loss, LAYER_LOSSES), ("match", match, MATCHES)):
+            if value not in accepted:
+                raise ConfigError(f"model.{name}: {value!r}; expected one of {', '.join(accepted)}")
+        if not 0 < loss_factor < float("inf"):
+            raise ConfigError(f"model.loss_factor: {loss_factor!r}; expected a finite number above 0")
+        # The seed of the run, whatever has been drawn before; processes with several get the first one's weights.
+        pair = build_pair(student, torch.initial_seed() % 2**63, freeze=freeze)
+        check_replaced(pair)
+        super().__init__(pair.student, optimizer, reply_tokens, pair.teacher)
+        self.loss = loss
+        self.match = match
+        self.loss_factor = loss_factor
+        self.replaced = tuple(layer for layer in pair.replaced if _trained(self._blocks(layer)[0]))
+        if not self.replaced:
+            raise ConfigError("model.freeze: every parameter is frozen, there is nothing to train")
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean over replaced layers and over the real tokens of all processes' batches."""
+        parts = list(self.layer_losses(batch))
+        losses, tokens = torch.stack([part.loss for part in parts]), _real(batch).sum()
+        sums = summed(torch.cat((losses * tokens, tokens.to(losses)[None])))
+        total = sums[-1].clamp_min(1)
+        means = sums[:-1] / total
+        self.log("train/loss", means.mean(), prog_bar=True, batch_size=1)
+        for part, mean in zip(parts, means, strict=True):
+            self.log(self._tag("train", part.layer), mean, batch_size=1)
+        self.log_lr()
+        gradients = [gradient for part in parts for gradient in part.gradients]
+        parameters = [p for part in parts for p in _trained(self._blocks(part.layer)[0])]
+        loss = _Carried.apply(losses.mean(), gradients, *parameters)
+        # Processes average their gradients; weighted like this, that is the gradient of the mean over all tokens.
+        return loss * (tokens * processes() * self.loss_factor / total)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The same losses on other data."""
+        tokens = int(_real(batch).sum())
+        parts = list(self.layer_losses(batch))
+        losses = torch.stack([part.loss for part in parts])
+        self.log("val/loss", losses.mean(), prog_bar=True, batch_size=tokens, sync_dist=True)
+        for part in parts:
+            self.log(self._tag("val", part.layer), part.loss, batch_size=tokens, sync_dist=True)
+
+    def layer_losses(self, batch: Batch) -> Iterator[LayerLoss]:
+        """The losses of the replaced layers in order, with gradients of their mean where autograd records.
+
+        Nothing is computed of a layer before the loss of the one before it has been taken.
+        """
+        differentiate = torch.is_grad_enabled()
+        inputs, real = causal_inputs(batch), _real(batch)
+        with torch.no_grad():
+            x, positions = self._embedded(inputs)
+        packed = inputs.get("cu_seqlens")
+        sequence, own_sequence = (
+            net.layer_sequence(x, positions, cu_seqlens=packed) for net in (self.teacher, self.net)
+        )
+        for layer in range(self.replaced[-1] + 1):
+            own, theirs = self._blocks(layer)
+            with torch.no_grad():
+                mixed = theirs.mix(x, sequence)
+                following = theirs.finish(x, mixed)
+            if layer in self.replaced:
+                target = following if self.match == "layer" else mixed
+                with torch.set_grad_enabled(differentiate):
+                    output = own(x, own_sequence) if self.match == "layer" else own.mix(x, own_sequence)
+                    loss = _masked_mean(token_distances(output, target, self.loss), real)
+                    gradients = _gradients(loss / len(self.replaced), own) if differentiate else ()
+                del output, target
+                torch.clear_autocast_cache()  # which keeps this layer's weights in half precision
+                yield LayerLoss(layer, loss.detach(), gradients)
+            del mixed
+            x = following
+
+    def _embedded(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, T, D) and positions (3, B, T)."""
+        names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+        tokens: Tensor = inputs["input_ids"]
+        embeds = self.teacher.embed(tokens, *(inputs.get(name) for name in names))
+        positions = inputs.get("position_ids")
+        if positions is None:
+            visuals = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+            grids = VisualGrids(*(inputs.get(name) for name in visuals))
+            positions = self.teacher.next_positions(tokens, grids, cu_seqlens=inputs.get("cu_seqlens"))
+        return embeds, positions
+
+    def _blocks(self, layer: int) -> tuple[Block, Block]:
+        """The student's layer and the teacher's."""
+        own, theirs = (net.decoder.layers[layer] for net in (self.net, self.teacher))
+        assert isinstance(own, Block)
+        assert isinstance(theirs, Block)
+        return own, theirs
+
+    def _tag(self, split: str, layer: int) -> str:
+        return f"{split}/layer_{layer:0{len(str(len(self.net.mixer_configs) - 1))}d}"
+
+
+def token_distances(output: Tensor, target: Tensor, kind: str) -> Tensor:
+    """(B, T) distances of a layer's output (B, T, D) from the teacher's, in float32 (float64 for float64).
+
+    kind: "mse", "relative_mse" or "cosine", see `LayerDistillation`.
+    """
+    precise = at_least_float32(output.dtype)
+    output, target = output.to(precise), target.to(precise)
+    if kind == "cosine":
+        return 1 - F.cosine_similarity(output, target, dim=-1)
+    squares = (output - target).square()
+    if kind == "mse":
+        return squares.mean(-1)
+    return squares.sum(-1) / target.square().sum(-1).clamp_min(torch.finfo(precise).tiny)
+
+
+class _Carried(torch.autograd.Function):
+    """A loss whose gradients are known already: backward hands them to the parameters, times the loss's own gradient.
+
+    So they go the way of every other gradient: accumulation, the hooks of the distributed wrapper, clipping.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: Sequence[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: they are nobody else's, and torch refuses a second backward through what has changed.
+        return None, None, *(gradient.mul_(grad_loss) for gradient in ctx.saved_tensors)
+
+
+def _trained(block: Block) -> list[Tensor]:
+    return [parameter for parameter in block.parameters() if parameter.requires_grad]
+
+
+def _gradients(loss: Tensor, block: Block) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, _trained(block), materialize_grads=True)
+
+
+def _real(batch: Batch) -> Tensor:
+    """(B, T) bool: tokens that are not padding."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask != 0
+
+
+def _masked_mean(values: Tensor, real: Tensor) -> Tensor:
+    """() mean of values (B, T) where `real`; 0 where nothing is."""
+    return torch.where(real, values, 0).sum() / real.sum().clamp_min(1)
