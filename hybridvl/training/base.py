@@ -16,6 +16,7 @@ from hybridvl.checkpoints import check_same_model
 from hybridvl.data.module import ChatDataModule
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.config import ModelConfig
+from hybridvl.models.positions import VisualGrids
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.training.agreement import check_agreement
 from hybridvl.training.answers import Question, model_inputs, split_questions
@@ -224,6 +225,25 @@ def causal_inputs(batch: Batch) -> dict[str, Any]:
     inputs = model_inputs(batch)
     inputs.pop("attention_mask", None)
     return inputs
+
+
+def real_positions(batch: Batch) -> Tensor:
+    """(B, T) bool: tokens that are not padding."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask != 0
+
+
+def embedded(net: VisionLanguageModel, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Embeddings (B, T, D) and positions (3, B, T) of what `causal_inputs` gives, for `run_decoder`."""
+    names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+    tokens: Tensor = inputs["input_ids"]
+    embeds = net.embed(tokens, *(inputs.get(name) for name in names))
+    positions = inputs.get("position_ids")
+    if positions is None:
+        visuals = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        grids = VisualGrids(*(inputs.get(name) for name in visuals))
+        positions = net.next_positions(tokens, grids, cu_seqlens=inputs.get("cu_seqlens"))
+    return embeds, positions
 
 
 def _check_shared(saved: Mapping[str, Tensor], net: VisionLanguageModel, teacher: VisionLanguageModel) -> None:

@@ -1,0 +1,192 @@
+"""Distillation of next tokens: the student learns to give the distributions that the teacher gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hybridvl.layers.errors import ConfigError
+from hybridvl.models.vlm import VisionLanguageModel
+from hybridvl.training.answers import answers_right
+from hybridvl.training.base import (
+    Batch,
+    TrainingModule,
+    causal_inputs,
+    check_positive,
+    embedded,
+    real_positions,
+)
+from hybridvl.training.distributed import processes, summed
+from hybridvl.training.divergences import DIVERGENCES, linear_divergence
+from hybridvl.training.losses import TokenLoss, label_positions, linear_cross_entropy
+from hybridvl.training.optim import OptimizerConfig
+from hybridvl.training.student import StudentConfig, build_pair
+
+TOKENS = ("all", "answers")
+
+
+class LogitLoss(NamedTuple):
+    """What a batch gives on this process.
+
+    divergence: () mean over its tokens, times the squared temperature, in nats.
+    tokens: how many those are.
+    labels: cross-entropy and hits over the label tokens; None where it was not asked for.
+    """
+
+    divergence: Tensor
+    tokens: int
+    labels: TokenLoss | None
+
+
+class LogitDistillation(TrainingModule):
+    """Trains a student to predict what its teacher predicts, on the same tokens.
+
+    The loss is (1 - w) * divergence + w * cross-entropy, each the mean over its tokens, whatever their number, padding
+    left out; no logits of more than a chunk of tokens exist (`hybridvl.training.divergences`). Embeddings and visual
+    features that both models share are computed once.
+
+    Logs train/loss, train/divergence, train/lr, train/gradient_norm and, where w is not 0, train/cross_entropy;
+    val/loss, val/divergence, val/cross_entropy, val/token_accuracy, val/exact (whole answers, teacher-forced); and with
+    a test the scores of the student's replies.
+
+    Args:
+        student: teacher and student.
+        divergence: "forward" (KL of the student from the teacher), "reverse" (of the teacher from the student) or
+            "jensen_shannon".
+        temperature: what the logits of both are divided by; the divergence is multiplied by its square.
+        cross_entropy: w, the share of the cross-entropy on label tokens.
+        tokens: where the distributions are compared: at "all" tokens that are not padding, or at those that predict
+            "answers".
+        optimizer: AdamW and its schedule.
+        train_only: what is trained, see `hybridvl.training.freezing`: the mixers that differ from the teacher's unless
+            said otherwise; null trains everything that is not frozen.
+        freeze: what is not trained of that.
+        token_chunk: tokens whose logits exist at a time, the teacher's and the student's.
+        vocab_chunk: columns of the logits that are worked on at a time.
+        reply_tokens: longest reply that the test and predictions write.
+    """
+
+    def __init__(
+        self,
+        student: StudentConfig,
+        divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward",
+        temperature: float = 2.0,
+        cross_entropy: float = 0.0,
+        tokens: Literal["all", "answers"] = "all",
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen, so sharing it is safe
+        train_only: Sequence[str] | None = ("mixers:new",),
+        freeze: Sequence[str] = (),
+        token_chunk: int = 128,
+        vocab_chunk: int = 4096,
+        reply_tokens: int = 64,
+    ) -> None:
+        for name, value, accepted in (("divergence", divergence, DIVERGENCES), ("tokens", tokens, TOKENS)):
+            if value not in accepted:
+                raise ConfigError(f"model.{name}: {value!r}; expected one of {', '.join(accepted)}")
+        if not 0 < temperature < math.inf:
+            raise ConfigError(f"model.temperature: {temperature!r}; expected a finite number above 0")
+        if not 0 <= cross_entropy <= 1:
+            raise ConfigError(f"model.cross_entropy: {cross_entropy!r}; expected a share from 0 to 1")
+        check_positive("token_chunk", token_chunk)
+        check_positive("vocab_chunk", vocab_chunk)
+        # The seed of the run, whatever has been drawn before; processes with several get the first one's weights.
+        pair = build_pair(student, torch.initial_seed() % 2**63, train_only, freeze)
+        super().__init__(pair.student, optimizer, reply_tokens, pair.teacher)
+        self.divergence = divergence
+        self.temperature = temperature
+        self.cross_entropy = cross_entropy
+        self.tokens = tokens
+        self.token_chunk = token_chunk
+        self.vocab_chunk = vocab_chunk
+        self._sums: list[Tensor] = []  # of each batch of a validation pass: sums and counts (2, 4)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The mixture of both means over the tokens of all processes' batches."""
+        divergence, tokens, labels = self.logit_loss(batch, labels=self.cross_entropy > 0)
+        entropy, targets = (torch.zeros_like(divergence), 0) if labels is None else (labels.loss, labels.hits.numel())
+        counts = divergence.new_tensor((tokens, targets))
+        sums = summed(torch.cat((counts, torch.stack((divergence, entropy)).detach() * counts)))
+        totals = sums[:2].clamp_min(1)
+        means = sums[2:] / totals
+        self.log("train/loss", self._mixture(means[0], means[1]), prog_bar=True, batch_size=1)
+        self.log("train/divergence", means[0], batch_size=1)
+        if labels is not None:
+            self.log("train/cross_entropy", means[1], batch_size=1)
+        self.log_lr()
+        # Processes average their gradients; weighted like this, those are of the means over all tokens.
+        weights = counts * processes() / totals
+        return self._mixture(divergence * weights[0], entropy * weights[1])
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the sums of the previous pass."""
+        self._sums.clear()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add up both parts of the loss, and what is right of the answers, teacher-forced."""
+        divergence, tokens, labels = self.logit_loss(batch, labels=True)
+        assert labels is not None
+        hits, right = labels.hits, answers_right(batch["labels"], labels.hits)
+        counts = divergence.new_tensor((tokens, hits.numel(), hits.numel(), right.numel()))
+        means = torch.stack((divergence, labels.loss.to(divergence)))
+        sums = torch.cat((means * counts[:2], torch.stack((hits.sum(), right.sum())).to(means)))
+        self._sums.append(torch.stack((sums, counts)).double())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over everything that was validated."""
+        none = torch.zeros(2, 4, dtype=torch.float64, device=self.device)
+        sums, counts = summed(torch.stack([none, *self._sums]).sum(0))
+        divergence, entropy, accuracy, exact = sums / counts.clamp_min(1)
+        self.log("val/loss", self._mixture(divergence, entropy), prog_bar=True)
+        self.log("val/divergence", divergence)
+        if counts[1]:  # there were answers
+            self.log("val/cross_entropy", entropy)
+            self.log("val/token_accuracy", accuracy)
+            self.log("val/exact", exact, prog_bar=True)
+
+    def logit_loss(self, batch: Batch, labels: bool) -> LogitLoss:
+        """The divergence over a batch's tokens and, if asked for, the cross-entropy over its labels."""
+        hidden, taught = self.hidden_states(batch)
+        predicts = label_positions(batch["labels"])
+        chosen = predicts if self.tokens == "answers" else real_positions(batch)
+        divergence = linear_divergence(
+            hidden[chosen],
+            self.net.lm_head_weight,
+            taught[chosen],
+            self.teacher.lm_head_weight,
+            self.divergence,
+            self.temperature,
+            self.token_chunk,
+            self.vocab_chunk,
+        )
+        found = None
+        if labels:
+            targets = batch["labels"][:, 1:][predicts[:, :-1]]
+            found = linear_cross_entropy(hidden[predicts], self.net.lm_head_weight, targets, self.token_chunk)
+        return LogitLoss(divergence, int(chosen.sum()), found)
+
+    def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, T, D) of the student and, without a graph, of the teacher."""
+        inputs = causal_inputs(batch)
+        if not _same_embeddings(self.net, self.teacher):
+            with torch.no_grad():
+                taught = self.teacher.hidden(**inputs)
+            return self.net.hidden(**inputs), taught
+        embeds, positions = embedded(self.net, inputs)
+        packed = inputs.get("cu_seqlens")
+        with torch.no_grad():
+            taught = self.teacher.run_decoder(embeds, positions, cu_seqlens=packed)
+        return self.net.run_decoder(embeds, positions, cu_seqlens=packed), taught
+
+    def _mixture(self, divergence: Tensor, entropy: Tensor) -> Tensor:
+        return (1 - self.cross_entropy) * divergence + self.cross_entropy * entropy
+
+
+def _same_embeddings(net: VisionLanguageModel, teacher: VisionLanguageModel) -> bool:
+    """Whether both models make the same embeddings, of the same frozen parameters, of tokens and images."""
+    roots = ("visual.", "decoder.embed_tokens.")
+    own, theirs = ([p for name, p in model.named_parameters() if name.startswith(roots)] for model in (net, teacher))
+    return len(own) == len(theirs) and all(p is q and not p.requires_grad for p, q in zip(own, theirs, strict=True))
