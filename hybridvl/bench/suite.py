@@ -71,9 +71,9 @@ def _cpu_rows() -> Iterator[Row]:
         yield Row(f"decays-{_way(backward)}", partial(_decays, wide, backward))
     for case, shape in _ERRORS.items():
         yield Row(f"errors-{case}", partial(_errors, case, shape), rounds=3)
-    yield _op("decode-step", "gdn-step", "B1 H16 K128 V256 L24", _F32, forward, 3.0, rounds=15)
+    yield _op("decode-step", "gdn-step", "B1 H16 K128 V256 L24", _F32, forward, None, rounds=15)
     yield _op("decode-step-rule", "delta-rule-step", "B1 H16 K128 V256 L24", _F32, forward, 3.0, rounds=15)
-    yield _op("decode-step-mamba2", "mamba2-step", "B1 H32 P64 N128 L24", _F32, forward, 3.0, rounds=15)
+    yield _op("decode-step-mamba2", "mamba2-step", "B1 H32 P64 N128 L24", _F32, forward, None, rounds=15)
     for tokens in (2048, 8192):
         for backward in (forward, both):
             label = f"{tokens // 1024}k"
