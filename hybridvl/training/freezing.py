@@ -10,6 +10,8 @@ from hybridvl.layers.parallel import ParallelConfig
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.pattern import parse_pattern
 
+NEW_MIXERS = "mixers:new"
+
 _PARTS = {
     "vision": re.compile(r"visual\..+"),
     "embeddings": re.compile(r"decoder\.embed_tokens\..+"),
@@ -18,7 +20,7 @@ _PARTS = {
     "mixers": re.compile(r"decoder\.layers\.\d+\.mixer\..+"),
 }
 _HEAD = "head"
-_MIXERS, _NEW = "mixers:", "mixers:new"
+_MIXERS = "mixers:"
 _LAYERS = "layers:"
 _RANGE = re.compile(r"(\d+)(?:-(\d+))?")
 
@@ -54,11 +56,11 @@ def select_parameters(
     net: VisionLanguageModel, name: str, replaced: Sequence[int] | None = None, place: str = "model.freeze"
 ) -> set[str]:
     """Names of the parameters that one name stands for (see `choose_trained`); ConfigError, at `place`, for none."""
-    if name == _NEW and replaced is None:
+    if name == NEW_MIXERS and replaced is None:
         raise ConfigError(f"{place}: {name!r} needs a teacher to compare with; expected {_accepted(net, replaced)}")
     if name.startswith(_LAYERS):
         prefixes = [f"decoder.layers.{layer}." for layer in _numbers(name, len(net.mixer_configs), place)]
-    elif name == _NEW:
+    elif name == NEW_MIXERS:
         prefixes = [f"decoder.layers.{layer}.mixer." for layer in replaced or ()]
     elif name.startswith(_MIXERS):
         prefixes = [prefix for prefix, names in _mixers(net) if name.removeprefix(_MIXERS) in names]
@@ -115,6 +117,6 @@ def _numbers(name: str, layers: int, place: str) -> list[int]:
 def _accepted(net: VisionLanguageModel, replaced: Sequence[int] | None) -> str:
     mixers = sorted(set().union(*(names for _, names in _mixers(net))))
     parts = [part for part in _PARTS if part != "vision" or net.visual is not None]
-    named = [*parts, _HEAD, *(_MIXERS + mixer for mixer in mixers), *([] if replaced is None else [_NEW])]
+    named = [*parts, _HEAD, *(_MIXERS + mixer for mixer in mixers), *([] if replaced is None else [NEW_MIXERS])]
     roots = ", ".join(child for child, _ in net.named_children())
     return f"{', '.join(named)}, 'layers:0-3,7', or the beginning of a parameter's name (top level: {roots})"

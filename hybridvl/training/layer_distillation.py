@@ -13,11 +13,10 @@ from torch.autograd.function import once_differentiable
 from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.norms import at_least_float32
 from hybridvl.models.block import Block
-from hybridvl.models.positions import VisualGrids
-from hybridvl.training.base import Batch, TrainingModule, causal_inputs
+from hybridvl.training.base import Batch, TrainingModule, causal_inputs, embedded, real_positions
 from hybridvl.training.distributed import processes, summed
 from hybridvl.training.optim import OptimizerConfig
-from hybridvl.training.student import StudentConfig, build_pair, check_replaced
+from hybridvl.training.student import StudentConfig, build_pair
 
 LAYER_LOSSES = ("mse", "relative_mse", "cosine")
 MATCHES = ("layer", "mixer")
@@ -78,7 +77,6 @@ class LayerDistillation(TrainingModule):
             raise ConfigError(f"model.loss_factor: {loss_factor!r}; expected a finite number above 0")
         # The seed of the run, whatever has been drawn before; processes with several get the first one's weights.
         pair = build_pair(student, torch.initial_seed() % 2**63, freeze=freeze)
-        check_replaced(pair)
         super().__init__(pair.student, optimizer, reply_tokens, pair.teacher)
         self.loss = loss
         self.match = match
@@ -90,7 +88,7 @@ class LayerDistillation(TrainingModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean over replaced layers and over the real tokens of all processes' batches."""
         parts = list(self.layer_losses(batch))
-        losses, tokens = torch.stack([part.loss for part in parts]), _real(batch).sum()
+        losses, tokens = torch.stack([part.loss for part in parts]), real_positions(batch).sum()
         sums = summed(torch.cat((losses * tokens, tokens.to(losses)[None])))
         total = sums[-1].clamp_min(1)
         means = sums[:-1] / total
@@ -106,7 +104,7 @@ class LayerDistillation(TrainingModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The same losses on other data."""
-        tokens = int(_real(batch).sum())
+        tokens = int(real_positions(batch).sum())
         parts = list(self.layer_losses(batch))
         losses = torch.stack([part.loss for part in parts])
         self.log("val/loss", losses.mean(), prog_bar=True, batch_size=tokens, sync_dist=True)
@@ -119,9 +117,9 @@ class LayerDistillation(TrainingModule):
         Nothing is computed of a layer before the loss of the one before it has been taken.
         """
         differentiate = torch.is_grad_enabled()
-        inputs, real = causal_inputs(batch), _real(batch)
+        inputs, real = causal_inputs(batch), real_positions(batch)
         with torch.no_grad():
-            x, positions = self._embedded(inputs)
+            x, positions = embedded(self.teacher, inputs)
         packed = inputs.get("cu_seqlens")
         sequence, own_sequence = (
             net.layer_sequence(x, positions, cu_seqlens=packed) for net in (self.teacher, self.net)
@@ -142,18 +140,6 @@ class LayerDistillation(TrainingModule):
                 yield LayerLoss(layer, loss.detach(), gradients)
             del mixed
             x = following
-
-    def _embedded(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, T, D) and positions (3, B, T)."""
-        names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-        tokens: Tensor = inputs["input_ids"]
-        embeds = self.teacher.embed(tokens, *(inputs.get(name) for name in names))
-        positions = inputs.get("position_ids")
-        if positions is None:
-            visuals = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-            grids = VisualGrids(*(inputs.get(name) for name in visuals))
-            positions = self.teacher.next_positions(tokens, grids, cu_seqlens=inputs.get("cu_seqlens"))
-        return embeds, positions
 
     def _blocks(self, layer: int) -> tuple[Block, Block]:
         """The student's layer and the teacher's."""
@@ -205,12 +191,6 @@ def _trained(block: Block) -> list[Tensor]:
 
 def _gradients(loss: Tensor, block: Block) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, _trained(block), materialize_grads=True)
-
-
-def _real(batch: Batch) -> Tensor:
-    """(B, T) bool: tokens that are not padding."""
-    mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask != 0
 
 
 def _masked_mean(values: Tensor, real: Tensor) -> Tensor:

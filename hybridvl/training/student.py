@@ -18,7 +18,7 @@ from hybridvl.layers.errors import ConfigError, within
 from hybridvl.models.config import ModelConfig
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.pattern import PatternError, parse_pattern
-from hybridvl.training.freezing import choose_trained
+from hybridvl.training.freezing import NEW_MIXERS, choose_trained
 
 PLACE = "model.student"
 
@@ -66,7 +66,7 @@ class Pair:
 def build_pair(
     config: StudentConfig,
     seed: int,
-    train_only: Sequence[str] | None = ("mixers:new",),
+    train_only: Sequence[str] | None = (NEW_MIXERS,),
     freeze: Sequence[str] = (),
 ) -> Pair:
     """The teacher and the student of a stage.
@@ -79,7 +79,8 @@ def build_pair(
 
     Raises:
         ConfigError: a mistake in the configuration, a damaged folder, a pattern of another depth, a source whose sizes
-            (width, vocabulary, vision tower) are not the teacher's, or a name that means no parameter.
+            (width, vocabulary, vision tower) are not the teacher's, a name that means no parameter, or "mixers:new"
+            where no layer differs.
     """
     with within(f"{PLACE}.teacher"):
         checkpoint = open_checkpoint(config.teacher)
@@ -91,6 +92,11 @@ def build_pair(
         check_same_sizes(source.config, net, f"{PLACE}.source: {config.source} is no student of {config.teacher}")
     student = _student(config, net, source, seed)
     replaced = replaced_layers(student.config, net)
+    if not replaced and NEW_MIXERS in (train_only or ()):
+        raise ConfigError(
+            f"{PLACE}.pattern: {student.pattern!r} has no layer that differs from the teacher's {teacher.pattern!r}; "
+            "expected at least one"
+        )
     choose_trained(student, train_only, freeze, replaced)
     _share(student, teacher)
     # Master weights: what is trained moves by less than a step of bfloat16. Shared parameters are cast once, in place.
@@ -132,12 +138,3 @@ def _share(student: VisionLanguageModel, teacher: VisionLanguageModel) -> None:
             parameter.data = parameter.data.clone()  # it may be mapped from a file
         elif same is not None and same.dtype == parameter.dtype and torch.equal(same, parameter):
             setattr(student.get_submodule(owner), leaf, same)
-
-
-def check_replaced(pair: Pair) -> None:
-    """Raise ConfigError if a pair has nothing to distil layer by layer."""
-    if not pair.replaced:
-        raise ConfigError(
-            f"{PLACE}.pattern: {pair.student.pattern!r} has no layer that differs from the teacher's "
-            f"{pair.teacher.pattern!r}; expected at least one"
-        )
