@@ -11,7 +11,6 @@ import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from hybridvl.layers.errors import ConfigError
 from hybridvl.training.layer_distillation import LayerDistillation
