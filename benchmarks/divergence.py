@@ -64,7 +64,9 @@ class Inputs:
         }
 
 
-def ours(inputs: Inputs, kind: str, temperature: float, token_chunk: int, vocab_chunk: int) -> Results:
+def ours(
+    inputs: Inputs, kind: str, temperature: float, token_chunk: int | None = None, vocab_chunk: int | None = None
+) -> Results:
     """Chunked."""
     four = inputs.student_hidden, inputs.student_weight, inputs.teacher_hidden, inputs.teacher_weight
     return inputs.gradients(linear_divergence(*four, kind, temperature, token_chunk, vocab_chunk))
@@ -104,7 +106,7 @@ def measure(kind: str, frozen: bool, options: argparse.Namespace) -> dict[str, A
     }
     few = Inputs.draw(64, options.width, options.vocabulary, options.device, dtype, frozen)
     full_logits(few, kind, options.temperature)  # what is set up once is set up
-    ours(few, kind, options.temperature, 32, options.vocab_chunk)
+    ours(few, kind, options.temperature)
     del few
     runs: dict[str, list[_Run]] = {name: [] for name in sides}
     for number in range(options.rounds):
@@ -194,8 +196,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--temperature", type=float, default=2.0)
-    parser.add_argument("--token-chunk", type=int, default=128)
-    parser.add_argument("--vocab-chunk", type=int, default=4096)
+    parser.add_argument("--token-chunk", type=int, help="default: as suits the device")
+    parser.add_argument("--vocab-chunk", type=int, help="default: as suits the device")
     parser.add_argument("--rounds", type=int, default=1, help="runs of each side")
     parser.add_argument("--kinds", nargs="+", default=["forward"], choices=DIVERGENCES)
     parser.add_argument("--heads", nargs="+", default=["trained"], choices=("trained", "frozen"))

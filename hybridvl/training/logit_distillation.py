@@ -28,6 +28,8 @@ from hybridvl.training.student import StudentConfig, build_pair
 
 TOKENS = ("all", "answers")
 
+_LABEL_CHUNK = 512
+
 
 class LogitLoss(NamedTuple):
     """What a batch gives on this process.
@@ -65,8 +67,8 @@ class LogitDistillation(TrainingModule):
         train_only: what is trained, see `hybridvl.training.freezing`: the mixers that differ from the teacher's unless
             said otherwise; null trains everything that is not frozen.
         freeze: what is not trained of that.
-        token_chunk: tokens whose logits exist at a time, the teacher's and the student's.
-        vocab_chunk: columns of the logits that are worked on at a time.
+        token_chunk: tokens whose logits exist at a time, the teacher's and the student's; null: as suits the device.
+        vocab_chunk: columns of the logits that are worked on at a time; null: as suits the device.
         reply_tokens: longest reply that the test and predictions write.
     """
 
@@ -80,8 +82,8 @@ class LogitDistillation(TrainingModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008 - frozen, so sharing it is safe
         train_only: Sequence[str] | None = ("mixers:new",),
         freeze: Sequence[str] = (),
-        token_chunk: int = 128,
-        vocab_chunk: int = 4096,
+        token_chunk: int | None = None,
+        vocab_chunk: int | None = None,
         reply_tokens: int = 64,
     ) -> None:
         for name, value, accepted in (("divergence", divergence, DIVERGENCES), ("tokens", tokens, TOKENS)):
@@ -91,8 +93,9 @@ class LogitDistillation(TrainingModule):
             raise ConfigError(f"model.temperature: {temperature!r}; expected a finite number above 0")
         if not 0 <= cross_entropy <= 1:
             raise ConfigError(f"model.cross_entropy: {cross_entropy!r}; expected a share from 0 to 1")
-        check_positive("token_chunk", token_chunk)
-        check_positive("vocab_chunk", vocab_chunk)
+        for name, chunk in (("token_chunk", token_chunk), ("vocab_chunk", vocab_chunk)):
+            if chunk is not None:
+                check_positive(name, chunk)
         # The seed of the run, whatever has been drawn before; processes with several get the first one's weights.
         pair = build_pair(student, torch.initial_seed() % 2**63, train_only, freeze)
         super().__init__(pair.student, optimizer, reply_tokens, pair.teacher)
@@ -165,7 +168,8 @@ class LogitDistillation(TrainingModule):
         found = None
         if labels:
             targets = batch["labels"][:, 1:][predicts[:, :-1]]
-            found = linear_cross_entropy(hidden[predicts], self.net.lm_head_weight, targets, self.token_chunk)
+            chunk = self.token_chunk or _LABEL_CHUNK
+            found = linear_cross_entropy(hidden[predicts], self.net.lm_head_weight, targets, chunk)
         return LogitLoss(divergence, int(chosen.sum()), found)
 
     def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
