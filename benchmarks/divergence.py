@@ -33,6 +33,7 @@ from hybridvl.training.divergences import DIVERGENCES, linear_divergence
 
 _FURTHEST = 1e-4  # relative, by norm
 _GOALS = {"memory": 0.1, "time": 1.3}
+_RATIOS = (*_GOALS, "processor")
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,14 @@ def measure(kind: str, frozen: bool, options: argparse.Namespace) -> dict[str, A
             found[-1].results.clear()
     record: dict[str, Any] = {"kind": kind, "head": "frozen" if frozen else "trained", "relative_errors": errors}
     for name, found in runs.items():
-        record[name] = {"seconds": [run.seconds for run in found], "memory": [_bytes(run.peak) for run in found]}
+        record[name] = {
+            "seconds": [run.seconds for run in found],
+            "processor_seconds": [run.processor_seconds for run in found],
+            "memory": [_bytes(run.peak) for run in found],
+        }
     pairs = list(zip(runs["ours"], runs["full_logits"], strict=True))
     record["time_ratio"] = statistics.median(a.seconds / b.seconds for a, b in pairs)
+    record["processor_ratio"] = statistics.median(a.processor_seconds / b.processor_seconds for a, b in pairs)
     if all(run.peak for run in runs["ours"] + runs["full_logits"]):
         record["memory_ratio"] = statistics.median(_scratch(a.peak) / _scratch(b.peak) for a, b in pairs)
     return record
@@ -129,25 +135,27 @@ def measure(kind: str, frozen: bool, options: argparse.Namespace) -> dict[str, A
 @dataclass(frozen=True)
 class _Run:
     seconds: float
+    processor_seconds: float  # of all threads, the system's work for the process included
     peak: Peak | None
     results: Results
 
 
 def _run(work: Callable[[], Results], device: str) -> _Run:
-    kept: list[tuple[float, Results]] = []
+    kept: list[tuple[float, float, Results]] = []
 
     def timed() -> Results:
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         results = work()
         if device != "cpu":
             torch.cuda.synchronize(device)
-        kept.append((time.perf_counter() - start, results))
+        kept.append((time.perf_counter() - start, time.process_time() - used, results))
         return results
 
     peak = peak_memory(timed, device)
     if not kept:  # memory cannot be measured here
         timed()
-    return _Run(kept[0][0], peak, kept[0][1])
+    seconds, processor_seconds, results = kept[0]
+    return _Run(seconds, processor_seconds, peak, results)
 
 
 def _errors(found: Results, right: Results) -> dict[str, float]:
@@ -178,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for head in options.heads:
             record = measure(kind, head == "frozen", options)
             report["measurements"].append(record)
-            ratios = (f"{name} {record[f'{name}_ratio']:.3f}" for name in _GOALS if f"{name}_ratio" in record)
+            ratios = (f"{name} {record[f'{name}_ratio']:.3f}" for name in _RATIOS if f"{name}_ratio" in record)
             print(f"{kind}, {head} head: ours / full logits: {', '.join(ratios)}; errors {record['relative_errors']}")
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
