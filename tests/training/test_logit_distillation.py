@@ -145,6 +145,32 @@ def test_eight_times_as_many_tokens_give_the_same_loss(
             torch.testing.assert_close(gradients[name], gradient, rtol=1e-8, atol=1e-11, msg=name)
 
 
+@pytest.mark.parametrize("tokens", ["all", "answers"])
+def test_processes_with_unequal_rows_average_to_the_gradient_of_all_rows(
+    text_teacher: str, tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = module(text_teacher, "gdn*3", tokens=tokens, cross_entropy=0.3)
+    whole = pairs.text_batch([9, 4, 7])
+    whole["labels"][:2, 1:3] = -100
+    halves = [
+        {key: value[:, rows] if key == "position_ids" else value[rows] for key, value in whole.items()}
+        for rows in (slice(0, 1), slice(1, 3))
+    ]
+    loss, found = pairs.gradients(made, whole, monkeypatch)
+    sent: list[Tensor] = []
+    place = "hybridvl.training.logit_distillation"
+    monkeypatch.setattr(f"{place}.summed", lambda values: sent.append(values) or values)
+    for half in halves:
+        made.training_step(half, 0)
+    monkeypatch.setattr(f"{place}.summed", lambda _: sent[0] + sent[1])
+    monkeypatch.setattr(f"{place}.processes", lambda: 2)
+    parts = [pairs.gradients(made, half, monkeypatch) for half in halves]
+    torch.testing.assert_close((parts[0][0] + parts[1][0]) / 2, loss, **CLOSE)
+    for name, gradient in found.items():
+        mean = (parts[0][1][name] + parts[1][1][name]) / 2
+        torch.testing.assert_close(mean, gradient, rtol=1e-8, atol=1e-11, msg=name)
+
+
 def test_frozen_embeddings_are_made_once_for_both_models(teacher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = {}
     for trained in (False, True):
