@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import shutil
+import signal
 import sys
 import threading
 import warnings
@@ -22,6 +23,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
 from hybridvl.cli.messages import explain, with_path
@@ -343,6 +345,8 @@ def main(argv: Sequence[str]) -> int:
     threading.excepthook = _report_in_thread
     try:
         TrainingCLI(argv[0], argv[1:])
+    except SIGTERMException:  # Lightning's, which would be a success otherwise
+        return 128 + signal.SIGTERM
     except OmegaConfBaseException as error:
         place = str(getattr(error, "full_key", "") or "").removeprefix(f"{argv[0]}.")
         reason = str(error).splitlines()[0].replace(f"'{argv[0]}.", "'")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import time
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -32,3 +33,20 @@ class Killed(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 5 and trainer.is_global_zero:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Ended(Callback):
+    """What HYBRIDVL_TEST_FAULT says after step 5: "stage SIGKILL" for this process, "pipeline SIGTERM" for the one that
+    started it; nothing without it, so that a run with this callback can be resumed with the same recipe."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        fault = os.environ.get("HYBRIDVL_TEST_FAULT")
+        if fault is None or trainer.global_step != 5:
+            return
+        whom, name = fault.split()
+        os.kill(os.getpid() if whom == "stage" else os.getppid(), signal.Signals[name])
+        for _ in range(3000):  # until the signal comes back
+            if trainer.received_sigterm:
+                return
+            time.sleep(0.01)
+        raise AssertionError("no signal came back")

@@ -14,8 +14,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hybridvl import load
 from hybridvl.cli import main
 
+NAME = "decoder.embed_tokens.weight"
 KILLED = "trainer: {callbacks: [{class_path: disk_faults.KilledWhileSaving}]}"
 
 
@@ -82,3 +84,18 @@ def test_killed_and_resumed_is_uninterrupted(pattern: str, packing: bool, tmp_pa
     assert cli_runs.differences(*ends) == []
     assert _losses(folder) == _losses(other)
     assert len(_losses(other)) == 12
+
+
+def test_a_finished_run_that_is_resumed_exports_its_best_weights_again(tmp_path: Path) -> None:
+    # The loss falls, so its highest value is not the last one.
+    best = "checkpoints: {monitor: val/loss, mode: max}\nrun: {test: false}"
+    recipe = cli_runs.recipe(tmp_path, text=best)
+    assert main(["fit", "--config", str(recipe)]) == 0
+    folder = tmp_path / "runs" / "tiny" / "version_0"
+    weights = folder / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert not torch.equal(load(folder / "model").state_dict()[NAME], last[f"net.{NAME}"])
+    weights.unlink()
+    assert main(["fit", "--config", str(recipe), "--ckpt_path", "last"]) == 0
+    assert weights.read_bytes() == before

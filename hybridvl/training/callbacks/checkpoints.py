@@ -37,6 +37,7 @@ class Checkpoints(Checkpoint):
         self.mode = mode
         self.best: float | None = None
         self._saved_step = -1
+        self._took_best = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -61,9 +62,13 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save last.ckpt, then take the best weights."""
         self._save_last(trainer)
-        if self.best is not None:
-            weights = read_checkpoint(checkpoint_folder(trainer) / BEST)
-            trainer.strategy.load_model_state_dict(weights)
+        self.take_best(trainer)
+
+    def take_best(self, trainer: Trainer) -> None:
+        """Load the best weights, once; all processes must call this."""
+        if self.best is not None and not self._took_best:
+            self._took_best = True
+            trainer.strategy.load_model_state_dict(read_checkpoint(checkpoint_folder(trainer) / BEST))
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far."""

@@ -8,6 +8,7 @@ from hybridvl.checkpoints import save
 from hybridvl.data.module import ChatDataModule
 from hybridvl.inference.processor import Processor
 from hybridvl.training.base import TrainingModule
+from hybridvl.training.callbacks.checkpoints import Checkpoints
 from hybridvl.training.trainer import is_dry_run, run_folder
 
 
@@ -16,6 +17,9 @@ class ExportModel(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it, once."""
+        for keeper in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(keeper, Checkpoints):
+                keeper.take_best(trainer)  # a fit that was resumed at its last step has not come to the end of training
         if not isinstance(pl_module, TrainingModule) or not trainer.is_global_zero or is_dry_run(trainer):
             return
         folder = run_folder(trainer) / "model"
