@@ -14,16 +14,19 @@ from hybridvl.cli.arguments import take_flags
 from hybridvl.layers.errors import ConfigError
 
 _OPTION = r"\.(?P<mixer>\w+)\.(?P<option>\w+)(?:=(?P<value>.*))?"
-_RECIPE_FLAG = re.compile(r"--model\.net\.mixers" + _OPTION, re.DOTALL)
+_RECIPE_FLAG = re.compile(r"--model\.(?P<owner>net|student)\.mixers" + _OPTION, re.DOTALL)
 _FLAG = re.compile(r"--mixer" + _OPTION, re.DOTALL)
 
 
 def merge_mixer_flags(arguments: Sequence[str], recipes: Iterable[Path]) -> list[str]:
-    """The arguments with every `--model.net.mixers.NAME.OPTION VALUE` joined to what the recipes say of NAME.
+    """The arguments with every `--model.net.mixers.NAME.OPTION VALUE`, and every one of model.student, joined to what
+    the recipes say of NAME.
 
-    Each becomes `--model.net.mixers.NAME={...}` with the options of the last recipe that has mixers, and the flags'.
+    Each becomes `--model.net.mixers.NAME={...}` with the options of the last recipe that has mixers, and the flags';
+    those of model.student, which may be null, become `--model.student.mixers={...}`.
     """
-    options = _mixers(recipes)
+    recipes = list(recipes)
+    options = {owner: _mixers(recipes, owner) for owner in ("net", "student")}
     merged: list[str] = []
     waiting = iter(arguments)
     for argument in waiting:
@@ -31,10 +34,13 @@ def merge_mixer_flags(arguments: Sequence[str], recipes: Iterable[Path]) -> list
         if match is None:
             merged.append(argument)
             continue
+        owner, name = match["owner"], match["mixer"]
         value = match["value"] if match["value"] is not None else next(waiting, "")
-        mixer = options.setdefault(match["mixer"], {})
-        mixer[match["option"]] = yaml.safe_load(value)
-        merged.append(f"--model.net.mixers.{match['mixer']}={json.dumps(mixer)}")
+        options[owner].setdefault(name, {})[match["option"]] = yaml.safe_load(value)
+        if owner == "net":
+            merged.append(f"--model.net.mixers.{name}={json.dumps(options[owner][name])}")
+        else:
+            merged.append(f"--model.student.mixers={json.dumps(options[owner])}")
     return merged
 
 
@@ -51,14 +57,14 @@ def take_mixer_flags(arguments: Sequence[str]) -> tuple[list[str], dict[str, dic
     return rest, options
 
 
-def _mixers(recipes: Iterable[Path]) -> dict[str, dict[str, Any]]:
+def _mixers(recipes: Iterable[Path], owner: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for recipe in recipes:
         try:
             node = yaml.safe_load(recipe.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
             continue  # the parser will say what is wrong with it
-        for key in ("model", "net", "mixers"):
+        for key in ("model", owner, "mixers"):
             node = node.get(key) if isinstance(node, dict) else None
         if isinstance(node, dict):
             found = {name: dict(options) for name, options in node.items() if isinstance(options, dict)}

@@ -98,7 +98,7 @@ def test_a_source_gives_the_weights_and_the_teacher_the_sizes(teacher: str, tmp_
     earlier = build_pair(StudentConfig(teacher, "full gdn full*2", {"gdn": {"expand_v": 1.0}}), 0).student
     with torch.no_grad():
         for parameter in earlier.parameters():
-            parameter.mul_(1.5)
+            parameter.mul_(1.5).add_(0.1)
     hybridvl.save(earlier, tmp_path)
     pair = build_pair(StudentConfig(teacher, "swa gdn gdn full", source=str(tmp_path)), 0)
     old, new = earlier.state_dict(), pair.student.state_dict()
