@@ -22,8 +22,9 @@ class MessageColumns:
     """Which columns of a data set hold what.
 
     Attributes:
-        messages: a list of {"role", "content"}, or of {"from", "value"} as ShareGPT has it. Content is text, in which
-            "<image>" marks an image and "<video>" a video, or a list of parts as in the chat format.
+        messages: a list of {"role", "content"}, of {"from", "value"} as ShareGPT has it, or of {"user", "assistant"} as
+            The Cauldron has it. Content is text, in which "<image>" marks an image and "<video>" a video, or a list of
+            parts as in the chat format.
         images: one image or a list of them, in the order in which the messages show them; an image column called
             "image" is found where this one is missing. Images that no message shows come first in the first question.
         videos: the same for videos, each a file or a list of images; also found as "video". They come after images.
@@ -60,7 +61,7 @@ class MessageColumns:
             "image": [_file(image, folder) for image in _listed(row.get(self.images, row.get("image")))],
             "video": [_file(video, folder) for video in _listed(row.get(self.videos, row.get("video")))],
         }
-        messages = [_message(turn, given) for turn in turns]
+        messages = [_message(turn, given) for pair in turns for turn in _turns(pair)]
         sample: Sample = {"messages": _fill(messages, given, folder, place)}
         kinds = row.get(self.kinds)
         if kinds is not None:
@@ -79,6 +80,13 @@ def _undecoded(feature: Any) -> Any:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _turns(turn: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A question with its answer as two turns; any other turn as it is."""
+    if turn.get("role", turn.get("from")) is not None or not {"user", "assistant"} <= turn.keys():
+        return [turn]
+    return [{"role": role, "content": turn[role]} for role in ("user", "assistant")]
 
 
 def _message(turn: Mapping[str, Any], given: Mapping[str, list[Any]]) -> dict[str, Any]:

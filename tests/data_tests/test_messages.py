@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -287,3 +288,12 @@ def test_mistakes_are_named(tmp_path):
         MessageData(path, val_samples=0)
     with pytest.raises(ConfigError, match="row 2: column 'messages' is None"):
         MessageColumns().sample({}, None, "row 2")
+
+
+def test_questions_with_their_answers():
+    turns = [{"user": "What?", "assistant": "Noise.", "source": "x"}, {"user": "Sure?", "assistant": "Yes."}]
+    sample = MessageColumns(messages="texts").sample({"texts": turns, "images": ["a.png"]}, Path("there"), "row 0")
+    assert [message["role"] for message in sample["messages"]] == ["user", "assistant"] * 2
+    first, answer, second, last = (message["content"] for message in sample["messages"])
+    assert first == [{"type": "image", "image": "there/a.png"}, {"type": "text", "text": "What?"}]
+    assert (answer, second, last) == ("Noise.", [{"type": "text", "text": "Sure?"}], "Yes.")
