@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+from recipe_builds import build
 
-from hybridvl.cli.training import TrainingCLI
 from hybridvl.training.agreement import check_agreement
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 PATTERNS = ["full*4", "swa*4", "mamba2*4", "(swa gdn*3)", "(swa+mamba2)*4"]
-
-
-class _Built(TrainingCLI):
-    """Stops where the trainer would begin."""
-
-    def before_fit(self) -> None:
-        return
-
-    def fit(self, model: Any, datamodule: Any, ckpt_path: str | None = None) -> None:
-        return
-
-    def after_fit(self) -> None:
-        return
-
-
-def build(recipe: Path, *flags: str) -> _Built:
-    with torch.device("meta"):
-        return _Built("fit", ["--config", str(recipe), *flags])
 
 
 def test_there_are_recipes() -> None:
@@ -41,7 +21,7 @@ def test_there_are_recipes() -> None:
 def test_recipe_builds_on_the_meta_device(recipe: Path) -> None:
     if recipe.stem == "easy_vqa":
         pytest.importorskip("easy_vqa")
-    built = build(recipe)
+    built = build("--config", str(recipe))
     net = built.model.net
     assert {parameter.device.type for parameter in net.parameters()} == {"meta"}
     check_agreement(built.model.config, built.datamodule)
@@ -52,7 +32,7 @@ def test_recipe_builds_on_the_meta_device(recipe: Path) -> None:
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_digits_builds_with_nothing_changed_but_the_pattern(pattern: str) -> None:
     digits = next(recipe for recipe in RECIPES if recipe.stem == "digits")
-    net = build(digits, "--model.net.pattern", pattern).model.net
+    net = build("--config", str(digits), "--model.net.pattern", pattern).model.net
     assert len(net.mixer_configs) == 4
     named = {config.name or "+".join(branch.name for branch in config.branches) for config in net.mixer_configs}
     assert (
