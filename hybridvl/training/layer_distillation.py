@@ -14,7 +14,7 @@ from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.norms import at_least_float32
 from hybridvl.models.block import Block
 from hybridvl.training.base import Batch, TrainingModule, causal_inputs, embedded, real_positions
-from hybridvl.training.distributed import processes, summed
+from hybridvl.training.distributed import Means, processes, summed
 from hybridvl.training.optim import OptimizerConfig
 from hybridvl.training.student import StudentConfig, build_pair
 
@@ -84,6 +84,7 @@ class LayerDistillation(TrainingModule):
         self.replaced = tuple(layer for layer in pair.replaced if _trained(self._blocks(layer)[0]))
         if not self.replaced:
             raise ConfigError("model.freeze: every parameter is frozen, there is nothing to train")
+        self._means = Means([self._tag("val", layer) for layer in self.replaced])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean over replaced layers and over the real tokens of all processes' batches."""
@@ -102,14 +103,22 @@ class LayerDistillation(TrainingModule):
         # Processes average their gradients; weighted like this, that is the gradient of the mean over all tokens.
         return loss * (tokens * processes() * self.loss_factor / total)
 
+    def on_validation_epoch_start(self) -> None:
+        """Forget the losses of the previous pass."""
+        self._means.clear()
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The same losses on other data."""
-        tokens = int(real_positions(batch).sum())
-        parts = list(self.layer_losses(batch))
-        losses = torch.stack([part.loss for part in parts])
-        self.log("val/loss", losses.mean(), prog_bar=True, batch_size=tokens, sync_dist=True)
-        for part in parts:
-            self.log(self._tag("val", part.layer), part.loss, batch_size=tokens, sync_dist=True)
+        losses = torch.stack([part.loss for part in self.layer_losses(batch)])
+        self._means.add(losses, [int(real_positions(batch).sum())] * len(losses))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all tokens."""
+        means = self._means.over_all_processes(self.device)
+        if means:
+            self.log("val/loss", torch.stack(list(means.values())).mean(), prog_bar=True, sync_dist=True)
+        for name, mean in means.items():
+            self.log(name, mean, sync_dist=True)
 
     def layer_losses(self, batch: Batch) -> Iterator[LayerLoss]:
         """The losses of the replaced layers in order, with gradients of their mean where autograd records.

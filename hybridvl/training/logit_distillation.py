@@ -143,12 +143,12 @@ class LogitDistillation(TrainingModule):
         none = torch.zeros(2, 4, dtype=torch.float64, device=self.device)
         sums, counts = summed(torch.stack([none, *self._sums]).sum(0))
         divergence, entropy, accuracy, exact = sums / counts.clamp_min(1)
-        self.log("val/loss", self._mixture(divergence, entropy), prog_bar=True)
-        self.log("val/divergence", divergence)
+        self.log("val/loss", self._mixture(divergence, entropy), prog_bar=True, sync_dist=True)
+        self.log("val/divergence", divergence, sync_dist=True)
         if counts[1]:  # there were answers
-            self.log("val/cross_entropy", entropy)
-            self.log("val/token_accuracy", accuracy)
-            self.log("val/exact", exact, prog_bar=True)
+            self.log("val/cross_entropy", entropy, sync_dist=True)
+            self.log("val/token_accuracy", accuracy, sync_dist=True)
+            self.log("val/exact", exact, prog_bar=True, sync_dist=True)
 
     def logit_loss(self, batch: Batch, labels: bool) -> LogitLoss:
         """The divergence over a batch's tokens and, if asked for, the cross-entropy over its labels."""

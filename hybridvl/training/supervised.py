@@ -14,7 +14,7 @@ from hybridvl.models.config import ModelConfig
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.training.answers import answers_right
 from hybridvl.training.base import Batch, TrainingModule, causal_inputs, check_positive
-from hybridvl.training.distributed import processes, summed, summed_counts
+from hybridvl.training.distributed import Means, processes, summed, summed_counts
 from hybridvl.training.freezing import choose_trained
 from hybridvl.training.losses import TokenLoss, label_positions, linear_cross_entropy
 from hybridvl.training.optim import OptimizerConfig
@@ -56,6 +56,7 @@ class SupervisedTuning(TrainingModule):
         choose_trained(model, train_only, freeze)
         super().__init__(model, optimizer, reply_tokens)
         self.loss_chunk = loss_chunk
+        self._means = Means(("val/loss", "val/token_accuracy", "val/exact"))
         self._kind_right: Counter[str] = Counter()
         self._kind_total: Counter[str] = Counter()
 
@@ -78,20 +79,22 @@ class SupervisedTuning(TrainingModule):
             return
         right = answers_right(batch["labels"], hits)
         tokens, answers = hits.numel(), right.numel()
-        self.log("val/loss", loss, prog_bar=True, batch_size=tokens, sync_dist=True)
-        self.log("val/token_accuracy", _rate(hits), batch_size=tokens, sync_dist=True)
-        self.log("val/exact", _rate(right), prog_bar=True, batch_size=answers, sync_dist=True)
+        rates = (loss, hits.to(loss).mean(), right.to(loss).mean())
+        self._means.add(torch.stack(rates), (tokens, tokens, answers))
         for kind, good in zip(batch.get("answer_kinds") or (), right.tolist(), strict=False):
             self._kind_right[kind] += int(good)
             self._kind_total[kind] += 1
 
     def on_validation_epoch_start(self) -> None:
         """Forget the counts of the previous pass."""
+        self._means.clear()
         self._kind_right.clear()
         self._kind_total.clear()
 
     def on_validation_epoch_end(self) -> None:
-        """Log exact matches by kind of question."""
+        """Log the means over all tokens and answers, and exact matches by kind of question."""
+        for name, mean in self._means.over_all_processes(self.device).items():
+            self.log(name, mean, prog_bar=name != "val/token_accuracy", sync_dist=True)
         right, total = summed_counts(self._kind_right), summed_counts(self._kind_total)
         for kind, answers in sorted(total.items()):
             if kind:  # questions without one are in val/exact alone
@@ -104,7 +107,3 @@ class SupervisedTuning(TrainingModule):
         predicts = label_positions(labels)
         targets = labels[:, 1:][predicts[:, :-1]]  # (N,)
         return linear_cross_entropy(hidden[predicts], self.net.lm_head_weight, targets, self.loss_chunk)
-
-
-def _rate(hits: Tensor) -> Tensor:
-    return hits.float().mean() if hits.numel() else torch.zeros((), device=hits.device)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +82,30 @@ def recipe(folder: Path, name: str = "tiny", text: str = "") -> Path:
     """A recipe file whose runs lie in folder/runs/NAME; `text` is YAML that is merged into it."""
     run = {"root": str(folder / "runs"), "name": name}
     content = _merged({**RECIPE, "run": run}, yaml.safe_load(text) or {})
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def hybridvl(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The installed command, which Lightning starts once more for the second process."""
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return subprocess.run(
+        [Path(sys.executable).parent / "hybridvl", *arguments],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def stage_recipe(folder: Path, stage: str, model: dict[str, Any], name: str | None = None, text: str = "") -> Path:
+    """The tiny recipe with another stage and its model's settings, and numbers in place of references to model.net."""
+    name = name or stage
+    content = yaml.safe_load(recipe(folder, name, text).read_text())
+    content["model"] = {"optimizer": content["model"]["optimizer"], "reply_tokens": 6, **model}
+    content["data"]["images"] |= {"patch_size": 4, "temporal_patch_size": 1}
+    content["run"] |= {"stage": stage}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(content))
     return path

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import cli_runs
@@ -18,19 +16,6 @@ from PIL import Image
 
 TWO = "trainer: {devices: 2, precision: 64-true, max_steps: 6, val_check_interval: 3}\ndata: {batch_size: 2}"
 ONE = "trainer: {devices: 1, precision: 64-true, max_steps: 6, val_check_interval: 3}\ndata: {batch_size: 4}"
-HYBRIDVL = Path(sys.executable).parent / "hybridvl"
-
-
-def _hybridvl(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The installed command, which Lightning starts once more for the second process."""
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    return subprocess.run(
-        [HYBRIDVL, *arguments],
-        env={**os.environ, "PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
 
 
 def _checkpoint(folder: Path) -> dict:
@@ -44,7 +29,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, settings in (("one", ONE), ("two", TWO)):
         task = "task: {init_args: {test_pages: 7, val_pages: 7}}"
         recipe = cli_runs.recipe(root, name, settings.replace("data: {", f"data: {{{task}, "))
-        done = _hybridvl("fit", "--config", str(recipe))
+        done = cli_runs.hybridvl("fit", "--config", str(recipe))
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("model        ") == 2  # the pattern at the start, the folder at the end
         assert "sync_dist" not in done.stderr
@@ -75,10 +60,10 @@ def test_killed_and_resumed_by_two_processes_is_uninterrupted(runs: Path, tmp_pa
         tmp_path, "killed", settings.replace("max_steps", "callbacks: [{class_path: disk_faults.Killed}], max_steps")
     )
     # Returns when the last process that holds the output has ended: neither the second process nor a worker is left.
-    assert _hybridvl("fit", "--config", str(killed)).returncode == -signal.SIGKILL
+    assert cli_runs.hybridvl("fit", "--config", str(killed)).returncode == -signal.SIGKILL
     folder = tmp_path / "runs" / "killed" / "version_0"
     assert _checkpoint(folder)["global_step"] == 4
-    done = _hybridvl("fit", "--config", str(killed), "--ckpt_path", "last", "--trainer.callbacks", "null")
+    done = cli_runs.hybridvl("fit", "--config", str(killed), "--ckpt_path", "last", "--trainer.callbacks", "null")
     assert done.returncode == 0, done.stderr
     ends = [_checkpoint(path) for path in (runs / "two" / "version_0", folder)]
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "ChatDataModule"):
@@ -89,7 +74,7 @@ def test_killed_and_resumed_by_two_processes_is_uninterrupted(runs: Path, tmp_pa
 def test_what_all_processes_refuse_is_said_once(runs: Path, tmp_path: Path) -> None:
     other = cli_runs.recipe(tmp_path, "other", TWO)
     last = str(runs / "two" / "version_0" / "checkpoints" / "last.ckpt")
-    done = _hybridvl("fit", "--config", str(other), "--model.net.pattern", "(swa mamba2)", "--ckpt_path", last)
+    done = cli_runs.hybridvl("fit", "--config", str(other), "--model.net.pattern", "(swa mamba2)", "--ckpt_path", last)
     _assert_said_once(done, "layer")
 
 
@@ -107,7 +92,7 @@ def test_what_only_the_second_process_meets_is_said_too(tmp_path: Path) -> None:
     text["data"]["task"] = yaml.safe_load(task)["task"]
     text["data"]["task"]["init_args"]["val_samples"] = 4
     recipe.write_text(yaml.safe_dump(text))
-    _assert_said_once(_hybridvl("fit", "--config", str(recipe)), "cut.png cannot be read")
+    _assert_said_once(cli_runs.hybridvl("fit", "--config", str(recipe)), "cut.png cannot be read")
 
 
 def _assert_said_once(done: subprocess.CompletedProcess[str], what: str) -> None:

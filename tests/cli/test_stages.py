@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import cli_runs
 import pytest
@@ -21,17 +20,6 @@ FLAGS = [
 ]
 
 
-def recipe(folder: Path, stage: str, model: dict[str, Any], name: str | None = None) -> Path:
-    """The tiny recipe with another stage, its model settings and plain numbers where it refers to model.net."""
-    content = yaml.safe_load(cli_runs.recipe(folder, "base").read_text())
-    content["model"] = {"optimizer": content["model"]["optimizer"], "reply_tokens": 6, **model}
-    content["data"]["images"] |= {"patch_size": 4, "temporal_patch_size": 1}
-    content["run"] |= {"stage": stage, "name": name or stage}
-    path = folder / f"{name or stage}.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the runs of a teacher and of its student."""
@@ -39,7 +27,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher = cli_runs.recipe(root, "teacher")
     assert main(["fit", "--config", str(teacher), "--model.net.pattern", "full*4"]) == 0
     student = {"teacher": str(model(root, "teacher")), "pattern": "(swa gdn)*2", "mixers": {"swa": {"window": 8}}}
-    layers = recipe(root, "layers", {"student": student, "loss": "relative_mse"})
+    layers = cli_runs.stage_recipe(root, "layers", {"student": student, "loss": "relative_mse"})
     flags = [
         "--model.match",
         "mixer",
@@ -101,7 +89,9 @@ def test_a_killed_distillation_goes_on_to_the_last_bit(root: Path, tmp_path: Pat
 
 def test_tuning_starts_from_a_folder_and_takes_its_model(root: Path) -> None:
     source = model(root, "layers")
-    tuned = recipe(root, "supervised", {"source": str(source), "train_only": ["mixers:gdn"]}, name="tuned")
+    tuned = cli_runs.stage_recipe(
+        root, "supervised", {"source": str(source), "train_only": ["mixers:gdn"]}, name="tuned"
+    )
     assert main(["fit", "--config", str(tuned), "--model.net.activation_checkpointing", "true"]) == 0
     saved = yaml.safe_load((run(root, "tuned") / "config.yaml").read_text())
     assert saved["model"]["net"]["pattern"] == "(swa gdn)*2"
@@ -129,7 +119,7 @@ def test_mistakes_are_explained(
     flags: list[str], message: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     student = {"teacher": str(model(root, "teacher")), "pattern": "(swa gdn)*2"}
-    path = recipe(tmp_path, "layers", {"student": student})
+    path = cli_runs.stage_recipe(tmp_path, "layers", {"student": student})
     try:
         status = main(["fit", "--config", str(path), *flags])
     except SystemExit as left:
@@ -142,7 +132,7 @@ def test_mistakes_are_explained(
 
 
 def test_a_source_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = recipe(tmp_path, "supervised", {"source": "gone"})
+    path = cli_runs.stage_recipe(tmp_path, "supervised", {"source": "gone"})
     assert main(["fit", "--config", str(path)]) == 2
     assert "error: model.source: gone: no such folder" in capsys.readouterr().err
 
