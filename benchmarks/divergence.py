@@ -34,6 +34,7 @@ from hybridvl.training.divergences import DIVERGENCES, linear_divergence
 _FURTHEST = 1e-4  # relative, by norm
 _GOALS = {"memory": 0.1, "time": 1.3}
 _RATIOS = (*_GOALS, "processor")
+_SIZES = "tokens", "width", "vocabulary", "dtype", "temperature", "token_chunk", "vocab_chunk"
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,12 @@ def measure(kind: str, frozen: bool, options: argparse.Namespace) -> dict[str, A
         errors = _errors(runs["ours"][-1].results, runs["full_logits"][-1].results)
         for found in runs.values():
             found[-1].results.clear()
-    record: dict[str, Any] = {"kind": kind, "head": "frozen" if frozen else "trained", "relative_errors": errors}
+    record: dict[str, Any] = {
+        "kind": kind,
+        "head": "frozen" if frozen else "trained",
+        **{name: getattr(options, name) for name in _SIZES},
+        "relative_errors": errors,
+    }
     for name, found in runs.items():
         record[name] = {
             "seconds": [run.seconds for run in found],
@@ -174,23 +180,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; the exit status."""
     options = _parse(arguments)
     usable_device(options.device)
-    names = "tokens", "width", "vocabulary", "dtype", "temperature", "token_chunk", "vocab_chunk", "rounds"
+    found: list[dict[str, Any]] = []
     report: dict[str, Any] = {
         "machine": describe(options.device),
-        "sizes": {name: getattr(options, name) for name in names},
         "goals": _GOALS,
         "memory": "bytes: peak is what a run took at most, scratch is that less its results; ratios are of scratch",
-        "measurements": [],
+        "measurements": found,
     }
+    if options.append:
+        before = json.loads(options.json.read_text())
+        if before["machine"] != report["machine"]:
+            print(f"divergence: {options.json} was measured on another machine or day", file=sys.stderr)
+            return 2
+        found += before["measurements"]
     for kind in options.kinds:
         for head in options.heads:
             record = measure(kind, head == "frozen", options)
-            report["measurements"].append(record)
+            found.append(record)
             ratios = (f"{name} {record[f'{name}_ratio']:.3f}" for name in _RATIOS if f"{name}_ratio" in record)
             print(f"{kind}, {head} head: ours / full logits: {', '.join(ratios)}; errors {record['relative_errors']}")
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-    errors = [error for record in report["measurements"] for error in record["relative_errors"].values()]
+    errors = [error for record in found for error in record["relative_errors"].values()]
     return 0 if max(errors) <= _FURTHEST or options.dtype != "float32" else 1
 
 
@@ -198,6 +209,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file for the results, with hardware, versions and date")
+    parser.add_argument("--append", action="store_true", help="add to what the file holds already")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=151_936)
@@ -209,7 +221,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=1, help="runs of each side")
     parser.add_argument("--kinds", nargs="+", default=["forward"], choices=DIVERGENCES)
     parser.add_argument("--heads", nargs="+", default=["trained"], choices=("trained", "frozen"))
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.append and options.json is None:
+        parser.error("--append needs --json, the file to add to")
+    return options
 
 
 if __name__ == "__main__":

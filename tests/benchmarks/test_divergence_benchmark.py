@@ -22,8 +22,8 @@ def test_every_kind_is_compared_and_measured(tmp_path: Path) -> None:
     report = json.loads(path.read_text())
     found = [(record["kind"], record["head"]) for record in report["measurements"]]
     assert found == [(kind, head) for kind in DIVERGENCES for head in ("trained", "frozen")]
-    assert report["sizes"]["vocabulary"] == 700
     for record in report["measurements"]:
+        assert (record["tokens"], record["vocabulary"]) == (300, 700)
         names = {"value", "student_hidden", *(["student_weight"] if record["head"] == "trained" else [])}
         assert record["relative_errors"].keys() == names
         assert all(error < 1e-4 for error in record["relative_errors"].values())
