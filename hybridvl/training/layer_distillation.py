@@ -27,7 +27,8 @@ class LayerLoss(NamedTuple):
 
     layer: its number.
     loss: (), mean over the real tokens of this process's batch, float32 (float64 for float64 models).
-    gradients: of the loss, one for each of the layer's trained parameters; none where they were not asked for.
+    gradients: of the layer's share of the mean loss, times the loss factor, one for each of its trained parameters;
+        none where they were not asked for.
     """
 
     layer: int
@@ -55,8 +56,8 @@ class LayerDistillation(TrainingModule):
         optimizer: AdamW and its schedule.
         freeze: what of the replaced mixers is not trained; see `hybridvl.training.freezing`. Layers of which nothing is
             trained are left out.
-        loss_factor: gradients are of the loss times this; the paper takes 1000. AdamW alone does not see it, but
-            clipping does.
+        loss_factor: gradients are of the loss times this; the paper takes 1000. AdamW does not see it but for its eps,
+            clipping does, and float16 needs it. What is logged is without it.
         reply_tokens: longest reply that the test and predictions write.
     """
 
@@ -99,9 +100,9 @@ class LayerDistillation(TrainingModule):
         self.log_lr()
         gradients = [gradient for part in parts for gradient in part.gradients]
         parameters = [p for part in parts for p in _trained(self._blocks(part.layer)[0])]
-        loss = _Carried.apply(losses.mean(), gradients, *parameters)
+        loss = _Carried.apply(losses.mean() * self.loss_factor, gradients, *parameters)
         # Processes average their gradients; weighted like this, that is the gradient of the mean over all tokens.
-        return loss * (tokens * processes() * self.loss_factor / total)
+        return loss * (tokens * processes() / total)
 
     def on_validation_epoch_start(self) -> None:
         """Forget the losses of the previous pass."""
@@ -143,8 +144,9 @@ class LayerDistillation(TrainingModule):
                 with torch.set_grad_enabled(differentiate):
                     output = own(x, own_sequence) if self.match == "layer" else own.mix(x, own_sequence)
                     loss = _masked_mean(token_distances(output, target, self.loss), real)
-                    gradients = _gradients(loss / len(self.replaced), own) if differentiate else ()
-                del output, target
+                    share = loss * (self.loss_factor / len(self.replaced))
+                    gradients = _gradients(share, own) if differentiate else ()
+                del output, target, share
                 torch.clear_autocast_cache()  # which keeps this layer's weights in half precision
                 yield LayerLoss(layer, loss.detach(), gradients)
             del mixed
