@@ -239,7 +239,7 @@ def test_a_root_that_cannot_be_made(make: Make, tmp_path: Path) -> None:
         run_pipeline(make(), Fits(), say=_silent)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     needs=st.fixed_dictionaries(
         {"b": st.sets(st.sampled_from("a")), "c": st.sets(st.sampled_from("ab")), "d": st.sets(st.sampled_from("abc"))}

@@ -133,10 +133,8 @@ def test_the_published_sizes(pipeline: str, pattern: str, replaced: int, tmp_pat
     assert first.datamodule.task.samples == second.datamodule.task.samples == 1_000_000
 
 
-@pytest.mark.parametrize("pipeline", PIPELINES)
-def test_the_command_line_accepts_every_pipeline(
-    pipeline: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("pipeline", ["tiny/infinitevl.yaml", "infinitevl/v1.yaml"])
+def test_the_command_line_accepts_a_pipeline(pipeline: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["pipeline", str(RECIPES[pipeline]), "--root", str(tmp_path / "runs"), "--dry-run"]) == 0
     shown = capfd.readouterr()
     assert shown.err == ""
