@@ -44,9 +44,12 @@ def test_two_processes_distil_what_one_does_with_their_batches_together(root: Pa
             f"data: {{batch_size: {size}, eval_batch_size: {size}}}\nrun: {{test: false}}"
         )
         recipe = cli_runs.stage_recipe(root, stage, {"student": student, **MODEL[stage]}, name, text)
-        done = cli_runs.hybridvl("fit", "--config", str(recipe))
-        assert done.returncode == 0, done.stderr
-        assert "sync_dist" not in done.stderr
+        if devices == 1:
+            assert main(["fit", "--config", str(recipe)]) == 0
+        else:
+            done = cli_runs.hybridvl("fit", "--config", str(recipe))
+            assert done.returncode == 0, done.stderr
+            assert "sync_dist" not in done.stderr
         folder = root / "runs" / name / "version_0"
         ends.append(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True))
         metrics.append(json.loads((folder / "metrics.json").read_text())["metrics"])

@@ -69,7 +69,7 @@ def test_no_gradient_reaches_a_frozen_weight(teacher: str, monkeypatch: pytest.M
 
 
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4), extra=st.integers(0, 7), seed=st.integers(0, 99))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_alone_padded_or_packed_is_the_same(
     text_teacher: str, monkeypatch: pytest.MonkeyPatch, lengths: list[int], extra: int, seed: int
 ) -> None:
