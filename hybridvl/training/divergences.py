@@ -16,7 +16,7 @@ from hybridvl.layers.errors import ConfigError
 DIVERGENCES = ("forward", "reverse", "jensen_shannon")
 """What `linear_divergence` can measure."""
 
-_ON_CPU, _ELSEWHERE = (128, 4096), (512, 32768)  # tokens and columns; a GPU wants few and large operations
+_ON_CPU, _ELSEWHERE = (128, 2048), (512, 32768)  # tokens and columns; a GPU wants few and large operations
 
 
 def linear_divergence(
@@ -50,7 +50,7 @@ def linear_divergence(
         kind: one of `DIVERGENCES`.
         temperature: what the logits of both are divided by.
         token_chunk: tokens that have logits at a time; None: 128 on a CPU, 512 elsewhere.
-        vocab_chunk: columns of a tile; None: 4096 on a CPU, where a tile fits in the cache, 32768 elsewhere.
+        vocab_chunk: columns of a tile; None: 2048 on a CPU, where a tile fits in the cache, 32768 elsewhere.
 
     Returns:
         () float32 (float64 for float64 input); 0, with zero gradients, when there are no tokens.
@@ -168,9 +168,9 @@ class _LinearDivergence(torch.autograd.Function):
                 if centre is not None:
                     residual.addcmul_(p[:, tile], centre, value=-1)
                 if grad_hidden is not None:
-                    grad_hidden[rows] += residual.to(weight.dtype) @ weight[tile]
+                    _add_product(grad_hidden[rows], residual.to(weight.dtype), weight[tile])
                 if grad_weight is not None:
-                    grad_weight[tile] += residual.to(hidden.dtype).T @ hidden[rows]
+                    _add_product(grad_weight[tile], residual.to(hidden.dtype).T, hidden[rows])
         ctx.scale = settings.temperature / max(tokens, 1)
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -180,10 +180,26 @@ class _LinearDivergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
+        # A second copy of the head's gradient can be more memory than all the logits that exist at a time.
+        scaled = Tensor.mul if _graph_is_kept() else Tensor.mul_
         scale = grad * ctx.scale
-        to_hidden = None if grad_hidden is None else (grad_hidden * scale).to(ctx.hidden_dtype)
-        to_weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
+        to_hidden = None if grad_hidden is None else scaled(grad_hidden, scale).to(ctx.hidden_dtype)
+        to_weight = None if grad_weight is None else scaled(grad_weight, scale).to(ctx.weight_dtype)
         return to_hidden, to_weight, None, None, None
+
+
+def _graph_is_kept() -> bool:
+    """Whether, within a backward, there can be another one through the same graph; True where torch does not tell."""
+    tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if tell is None else bool(tell())
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, without a product of its own where dtypes allow."""
+    if left.dtype == right.dtype == total.dtype and not torch.is_autocast_enabled(total.device.type):
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _log_probabilities(hidden: Tensor, weight: Tensor, temperature: float, tiles: Sequence[slice], out: Tensor) -> None:

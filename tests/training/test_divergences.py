@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from largest import Largest
+from pairs import LiveBytes
 from torch import Tensor
 
 from hybridvl.layers.errors import ConfigError
@@ -146,6 +147,14 @@ def test_no_tensor_is_larger_than_both_models_logits_of_a_chunk(kind: str, chunk
     with Largest() as largest:
         linear_divergence(*values, kind, 2.0, chunk, 64).backward()
     assert largest.numel == 2 * chunk * vocab < tokens * vocab
+
+
+def test_the_heads_gradient_is_in_memory_once() -> None:
+    values = inputs(8, 64, 5000, dtype=torch.float32)
+    with LiveBytes() as live:
+        linear_divergence(*values, "forward", 2.0, 4, 500).backward()
+    assert values[1].grad is not None
+    assert values[1].grad.nbytes <= live.peak < 1.5 * values[1].grad.nbytes
 
 
 @KINDS
