@@ -36,12 +36,12 @@ class Killed(Callback):
 
 
 class Ended(Callback):
-    """What HYBRIDVL_TEST_FAULT says after step 5: "stage SIGKILL" for this process, "pipeline SIGTERM" for the one that
-    started it; nothing without it, so that a run with this callback can be resumed with the same recipe."""
+    """What HYBRIDVL_TEST_FAULT says after step 5: "stage SIGKILL" for the first process of the fit, "pipeline SIGTERM"
+    for the one that started it; nothing without it, so that a run can be resumed with the same recipe."""
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         fault = os.environ.get("HYBRIDVL_TEST_FAULT")
-        if fault is None or trainer.global_step != 5:
+        if fault is None or trainer.global_step != 5 or not trainer.is_global_zero:
             return
         whom, name = fault.split()
         os.kill(os.getpid() if whom == "stage" else os.getppid(), signal.Signals[name])

@@ -71,6 +71,18 @@ def test_killed_and_resumed_by_two_processes_is_uninterrupted(runs: Path, tmp_pa
     assert len(ends[0]["callbacks"]["ExactResume"]["processes"]) == 2
 
 
+def test_sigterm_to_the_first_process_ends_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYBRIDVL_TEST_FAULT", "stage SIGTERM")
+    told = cli_runs.recipe(
+        tmp_path, "told", TWO.replace("max_steps", "callbacks: [{class_path: disk_faults.Ended}], max_steps")
+    )
+    # As above, it returns when both have ended.
+    done = cli_runs.hybridvl("fit", "--config", str(told))
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "Traceback" not in done.stderr
+    assert _checkpoint(tmp_path / "runs" / "told" / "version_0")["global_step"] == 4
+
+
 def test_what_all_processes_refuse_is_said_once(runs: Path, tmp_path: Path) -> None:
     other = cli_runs.recipe(tmp_path, "other", TWO)
     last = str(runs / "two" / "version_0" / "checkpoints" / "last.ckpt")

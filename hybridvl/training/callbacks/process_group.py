@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
 
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from hybridvl.data.loader import end_with_parent
 from hybridvl.layers.errors import ConfigError
@@ -30,6 +33,26 @@ class ProcessGroup(Callback):
         if trainer.local_rank:
             end_with_parent()
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End when told to, from here on."""
+        _end_when_told(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End when told to, from here on."""
+        _end_when_told(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End when told to, from here on."""
+        _end_when_told(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End when told to, from here on."""
+        _end_when_told(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End when told to, from here on."""
+        _end_when_told(trainer)
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """End the others, or wait to be ended."""
         if trainer.local_rank:
@@ -37,13 +60,27 @@ class ProcessGroup(Callback):
             return
         others: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
         told = False
-        if not isinstance(exception, ConfigError | KeyboardInterrupt):
+        if not isinstance(exception, ConfigError | KeyboardInterrupt | SystemExit):
             # Perhaps only the consequence of another process's end, whose message says more than a lost connection.
             told = any(_ended_with_a_mistake(process) for process in others)
         for process in others:
             process.kill()
         if told:
             sys.exit(MISTAKE)
+
+
+def _end_when_told(trainer: Trainer) -> None:
+    """Let SIGTERM end several processes that Lightning has started as Ctrl-C does.
+
+    Lightning's own handler talks to the other processes, which may wait for something else from this one for ever.
+    """
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    if trainer.world_size > 1 and isinstance(environment, LightningEnvironment):
+        signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: object) -> None:
+    raise SIGTERMException
 
 
 def _ended_with_a_mistake(process: subprocess.Popen[bytes]) -> bool:
