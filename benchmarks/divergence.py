@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "memory": "bytes: peak is what a run took at most, scratch is that less its results; ratios are of scratch",
         "measurements": found,
     }
-    if options.append:
+    if options.append and options.json.exists():
         before = json.loads(options.json.read_text())
         if before["machine"] != report["machine"]:
             print(f"divergence: {options.json} was measured on another machine or day", file=sys.stderr)
