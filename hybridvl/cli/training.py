@@ -39,7 +39,7 @@ from hybridvl.training.callbacks.export import ExportModel
 from hybridvl.training.callbacks.hparams import HParams
 from hybridvl.training.callbacks.memory import MemoryMonitor
 from hybridvl.training.callbacks.predictions import PredictionWriter
-from hybridvl.training.callbacks.process_group import ProcessGroup
+from hybridvl.training.callbacks.process_group import FIRST, ProcessGroup, follow_first_process
 from hybridvl.training.callbacks.progress import StepProgress
 from hybridvl.training.callbacks.run_summary import RunSummary
 from hybridvl.training.callbacks.state_norms import StateNorms
@@ -343,6 +343,7 @@ def main(argv: Sequence[str]) -> int:
         logging.getLogger(talkative).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's own use of torch
     threading.excepthook = _report_in_thread
+    follow_first_process()
     try:
         TrainingCLI(argv[0], argv[1:])
     except SIGTERMException:  # Lightning's, which would be a success otherwise
@@ -361,6 +362,7 @@ def main(argv: Sequence[str]) -> int:
     finally:
         threading.excepthook = threading.__excepthook__
         os.environ.pop(_VERSION, None)
+        os.environ.pop(FIRST, None)
     return 0
 
 

@@ -83,6 +83,16 @@ def test_sigterm_to_the_first_process_ends_both(tmp_path: Path, monkeypatch: pyt
     assert _checkpoint(tmp_path / "runs" / "told" / "version_0")["global_step"] == 4
 
 
+def test_a_process_whose_first_one_is_gone_ends_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("HYBRIDVL_FIRST_PROCESS", "1")  # not the number of this process
+    done = cli_runs.hybridvl("fit", "--config", str(cli_runs.recipe(tmp_path, "late", TWO)))
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "")
+    assert not (tmp_path / "runs").exists()
+
+
 def test_what_all_processes_refuse_is_said_once(runs: Path, tmp_path: Path) -> None:
     other = cli_runs.recipe(tmp_path, "other", TWO)
     last = str(runs / "two" / "version_0" / "checkpoints" / "last.ckpt")

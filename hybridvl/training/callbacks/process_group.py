@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,24 @@ GRACE = 5.0
 
 MISTAKE = 2
 """Exit status of a process that was asked for something that cannot be done."""
+
+
+FIRST = "HYBRIDVL_FIRST_PROCESS"
+"""Environment variable in which the first process tells those that it starts its number."""
+
+
+def follow_first_process() -> None:
+    """Called before anything else: let a process that the first one has started end with it, however early.
+
+    Until all have met, the others would wait for a first process that is no more for half an hour.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.environ[FIRST] = str(os.getpid())
+        return
+    end_with_parent()
+    parent = str(os.getppid())
+    if os.environ.get(FIRST, parent) != parent:
+        sys.exit(1)  # it has gone already
 
 
 class ProcessGroup(Callback):
