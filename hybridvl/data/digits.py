@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from hybridvl.data.scans import render_page
-from hybridvl.data.task import SPLITS, Sample, Source, Split, Task, kind_weights, require_split
+from hybridvl.data.task import Sample, Source, Split, Task, kind_weights, require_span, require_split, sample_rng
 from hybridvl.layers.errors import ConfigError
 
 TEST_SCANS = 300
@@ -20,6 +20,7 @@ DEFAULT_KINDS = {"line": 4.0, "cell": 2.0, "count": 1.0, "page": 2.0}
 """Question kinds and how often each is asked."""
 
 _SPLIT_SEED = 1797
+_MOST_LINES = 99
 
 
 @cache
@@ -78,8 +79,8 @@ class DigitPages(Task):
         val_pages: int = 256,
         test_pages: int = 1_000,
     ) -> None:
-        self.rows = _span("rows", rows)
-        self.columns = _span("columns", columns)
+        self.rows = require_span("data.task.rows", rows, _MOST_LINES)
+        self.columns = require_span("data.task.columns", columns, _MOST_LINES)
         self.kinds = kind_weights(DEFAULT_KINDS if kinds is None else kinds, DEFAULT_KINDS)
         sizes = {"cell": cell, "turns": turns, "eval_turns": eval_turns}
         self.pages = {"train": train_pages, "val": val_pages, "test": test_pages}
@@ -136,8 +137,7 @@ class DigitSource(Source):
         return self._scan_numbers(self._rng(index, epoch), epoch)
 
     def _rng(self, index: int, epoch: int) -> np.random.Generator:
-        key = [self.seed, SPLITS.index(self.split), epoch if self.training else 0, index]
-        return np.random.Generator(np.random.SFC64(np.random.SeedSequence(key)))
+        return sample_rng(self.seed, self.split, index, epoch)
 
     def _scan_numbers(self, rng: np.random.Generator, epoch: int) -> NDArray[np.int64]:
         (fewest_rows, most_rows), (fewest_columns, most_columns) = self.task.rows, self.task.columns
@@ -180,9 +180,3 @@ def _ask(kind: str, labels: NDArray[np.int64], u: float, v: float, separator: st
         return f"How many {digit}s?", str((labels == digit).sum())
     return "Read the page.", "\n".join(separator.join(map(str, line)) for line in labels)
 
-
-def _span(name: str, span: tuple[int, int]) -> tuple[int, int]:
-    low, high = span
-    if not 1 <= low <= high <= 99:
-        raise ConfigError(f"data.task.{name}: {list(span)}; expected two numbers, 1 <= fewest <= most <= 99")
-    return low, high

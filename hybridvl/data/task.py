@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal, TypedDict
 
+import numpy as np
+
 from hybridvl.layers.errors import ConfigError
 
 Split = Literal["train", "val", "test"]
@@ -63,6 +65,21 @@ def require_split(split: str) -> None:
     """Raise ConfigError unless `split` is one of train, val and test."""
     if split not in SPLITS:
         raise ConfigError(f"split {split!r}; expected one of {', '.join(SPLITS)}")
+
+
+def require_span(place: str, span: int | tuple[int, int], most: int) -> tuple[int, int]:
+    """Two numbers, or one for both, of which neither is below 1 or above `most`; ConfigError, at `place`, otherwise."""
+    low, high = (span, span) if isinstance(span, int) else span
+    if not 1 <= low <= high <= most:
+        shown = span if isinstance(span, int) else list(span)
+        raise ConfigError(f"{place}: {shown}; expected two numbers, 1 <= fewest <= most <= {most}")
+    return low, high
+
+
+def sample_rng(seed: int, split: Split, index: int, epoch: int) -> np.random.Generator:
+    """The generator of one sample, the same in every process; that of an evaluation sample in every epoch, too."""
+    key = [seed, SPLITS.index(split), epoch if split == "train" else 0, index]
+    return np.random.Generator(np.random.SFC64(np.random.SeedSequence(key)))
 
 
 def kind_weights(kinds: Mapping[str, float], known: Collection[str]) -> dict[str, float]:
