@@ -1,4 +1,4 @@
-"""The one exception for mistakes in what a user wrote."""
+"""The exceptions that the command line explains: mistakes in what a user wrote, and runs that cannot go on."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ class ConfigError(ValueError):
 
     The message names the place (a YAML path, a file), the value found and what is accepted.
     The command line prints it without a traceback and exits with status 2.
+    """
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, although what was asked for can be read: a loss that is no number, no memory left.
+
+    The message says where and what helps. The command line prints it without a traceback and exits with status 3.
     """
 
 

@@ -37,7 +37,8 @@ _COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, 1 for a failed check, or 2 for a mistake in what was asked."""
+    """Run one command; returns the exit status: 0, 1 for a failed check, 2 for a mistake in what was asked, 3 for a run
+    that could not go on."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help(), file=sys.stdout if arguments else sys.stderr)
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: _Command, arguments: list[str]) -> int:
-    from hybridvl.layers.errors import ConfigError
+    from hybridvl.layers.errors import ConfigError, RunError
 
     try:
         result = importlib.import_module(command.module).main([*command.leading, *arguments])
@@ -69,6 +70,8 @@ def _run(command: _Command, arguments: list[str]) -> int:
         return done.code if isinstance(done.code, int) else int(done.code is not None)
     except ConfigError as error:
         return _refuse(str(error))
+    except RunError as error:
+        return _refuse(str(error), status=3)
     except OSError as error:
         if error.errno in _FULL:
             return _refuse(f"cannot write{_place(error)}: {error.strerror}")

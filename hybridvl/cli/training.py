@@ -30,12 +30,13 @@ from hybridvl.cli.messages import explain, with_path
 from hybridvl.cli.mixer_flags import merge_mixer_flags
 from hybridvl.cli.stages import net_of_source, stage_class, stage_name
 from hybridvl.data.module import ChatDataModule
-from hybridvl.layers.errors import ConfigError
+from hybridvl.layers.errors import ConfigError, RunError
 from hybridvl.training.base import TrainingModule
 from hybridvl.training.callbacks.checkpoints import BEST, LAST, Checkpoints
 from hybridvl.training.callbacks.exact_resume import ExactResume
 from hybridvl.training.callbacks.examples import ExampleImages
 from hybridvl.training.callbacks.export import ExportModel
+from hybridvl.training.callbacks.finite_loss import FiniteLoss
 from hybridvl.training.callbacks.hparams import HParams
 from hybridvl.training.callbacks.memory import MemoryMonitor
 from hybridvl.training.callbacks.predictions import PredictionWriter
@@ -45,6 +46,7 @@ from hybridvl.training.callbacks.run_summary import RunSummary
 from hybridvl.training.callbacks.state_norms import StateNorms
 from hybridvl.training.callbacks.throughput import Throughput
 from hybridvl.training.checkpoint_io import AtomicCheckpointIO
+from hybridvl.training.memory import is_out_of_memory, memory_message
 from hybridvl.training.trainer import is_dry_run, run_folder
 
 DESCRIPTIONS = {
@@ -162,6 +164,10 @@ class TrainingCLI(LightningCLI):
         except ConfigError:
             self._forget_folder()
             raise
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise RunError(memory_message(error, self._stage, self.config[command])) from error
+            raise
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Only the command that runs: building the parser of one takes seconds."""
@@ -259,8 +265,8 @@ class TrainingCLI(LightningCLI):
 
     def _callbacks(self, progress_bar: bool, logged: bool) -> list[Callback]:
         seed = self._get(self.config, "seed_everything")
-        callbacks: list[Callback] = [ProcessGroup(), ExactResume(), Throughput(), MemoryMonitor(), StateNorms()]
-        callbacks.append(PredictionWriter())
+        callbacks: list[Callback] = [ProcessGroup(), ExactResume(), FiniteLoss(), Throughput(), MemoryMonitor()]
+        callbacks += [StateNorms(), PredictionWriter()]
         if progress_bar:
             callbacks.append(StepProgress())
         if logged:

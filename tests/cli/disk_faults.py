@@ -1,4 +1,4 @@
-"""Callbacks that stand for a full disk and for a killed process."""
+"""Callbacks that stand for a full disk, a killed process, a broken batch and a lack of memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -33,6 +34,24 @@ class Killed(Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 5 and trainer.is_global_zero:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Poisoned(Callback):
+    """From step 6 on, all that the last process sees in its first image is NaN."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step >= 5 and trainer.global_rank == trainer.world_size - 1:
+            batch["pixel_values"][0] = float("nan")
+
+
+class LittleMemory(Callback):
+    """After step 2 the last process gets no more than 4 MiB beyond what it has then."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
+            limit = pages * resource.getpagesize() + 2**22
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 
 class Ended(Callback):

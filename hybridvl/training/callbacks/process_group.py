@@ -13,13 +13,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from hybridvl.data.loader import end_with_parent
-from hybridvl.layers.errors import ConfigError
+from hybridvl.layers.errors import ConfigError, RunError
+from hybridvl.training.memory import is_out_of_memory
 
 GRACE = 5.0
 """Seconds that a process waits for the others to say what is wrong."""
 
-MISTAKE = 2
-"""Exit status of a process that was asked for something that cannot be done."""
+MISTAKE, FAILED = 2, 3
+"""Exit statuses of a process that was asked for something that cannot be done, and of one whose run cannot go on."""
 
 
 FIRST = "HYBRIDVL_FIRST_PROCESS"
@@ -78,14 +79,15 @@ class ProcessGroup(Callback):
             time.sleep(GRACE)
             return
         others: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
-        told = False
-        if not isinstance(exception, ConfigError | KeyboardInterrupt | SystemExit):
+        known = isinstance(exception, ConfigError | RunError | KeyboardInterrupt | SystemExit)
+        status = None
+        if not known and not is_out_of_memory(exception):
             # Perhaps only the consequence of another process's end, whose message says more than a lost connection.
-            told = any(_ended_with_a_mistake(process) for process in others)
+            status = next((found for process in others if (found := _explained(process)) is not None), None)
         for process in others:
             process.kill()
-        if told:
-            sys.exit(MISTAKE)
+        if status is not None:
+            sys.exit(status)
 
 
 def _end_when_told(trainer: Trainer) -> None:
@@ -102,8 +104,10 @@ def _end(number: int, frame: object) -> None:
     raise SIGTERMException
 
 
-def _ended_with_a_mistake(process: subprocess.Popen[bytes]) -> bool:
+def _explained(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit status of a process that has told why it ends; None of any other."""
     try:
-        return process.wait(2 * GRACE) == MISTAKE
+        status = process.wait(2 * GRACE)
     except subprocess.TimeoutExpired:
-        return False
+        return None
+    return status if status in (MISTAKE, FAILED) else None

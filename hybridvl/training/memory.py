@@ -1,0 +1,64 @@
+"""Running out of memory: how it shows, and which settings of a recipe help."""
+
+from __future__ import annotations
+
+import errno
+import re
+from typing import Any
+
+import torch
+
+_SIGNS = (
+    "can't allocate memory",  # torch's allocator on a CPU
+    "out of memory",
+    "std::bad_alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+_ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.]+) (\w+)", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the computer or of a GPU, was refused."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
+def memory_message(error: BaseException, stage: str, settings: Any) -> str:
+    """What was asked for, and the settings of this recipe that decide how much it takes, with their values.
+
+    stage: the name of `run.stage`; settings: the recipe, sections and values as attributes.
+    """
+    asked = _ASKED.search(str(error))
+    size = f" ({_readable(float(asked[1]), asked[2])} more were asked for)" if asked else ""
+    where = "GPU" if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error) else "computer"
+    return (
+        f"out of memory of the {where}{size}; checkpoints are as they were; what helps: "
+        f"{', '.join(_helping(stage, settings))}"
+    )
+
+
+def _helping(stage: str, settings: Any) -> list[str]:
+    data, model, trainer = settings.data, settings.model, settings.trainer
+    helping = []
+    if not data.packing:
+        helping.append(
+            f"a smaller data.batch_size (now {data.batch_size}; a larger trainer.accumulate_grad_batches, now "
+            f"{trainer.accumulate_grad_batches}, keeps the samples of a step)"
+        )
+    helping.append(f"a smaller data.max_tokens (now {data.max_tokens})")
+    place, net = ("net", model.net) if stage == "supervised" else ("student", model.student)
+    if not net.activation_checkpointing:
+        helping.append(f"model.{place}.activation_checkpointing: true")
+    chunk = {"supervised": "loss_chunk", "logits": "token_chunk"}.get(stage)
+    if chunk is not None:
+        value = getattr(model, chunk)
+        helping.append(f"a smaller model.{chunk} (now {'null' if value is None else value})")
+    size = data.batch_size if data.eval_batch_size is None else data.eval_batch_size
+    return [*helping, f"in validation and test a smaller data.eval_batch_size (now {size})"]
+
+
+def _readable(amount: float, unit: str) -> str:
+    return f"{amount / 2**20:,.0f} MiB" if unit == "bytes" else f"{amount:g} {unit}"

@@ -1,0 +1,58 @@
+"""Which errors are a lack of memory, and what the message makes of them."""
+
+from __future__ import annotations
+
+import errno
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+
+from hybridvl.training.memory import is_out_of_memory, memory_message
+
+NET = Namespace(activation_checkpointing=False)
+TRAINER = Namespace(accumulate_grad_batches=4)
+
+
+def _recipe(packing: bool = False, **model: object) -> Namespace:
+    data = Namespace(packing=packing, batch_size=8, eval_batch_size=None, max_tokens=300, tokens_per_batch=None)
+    return Namespace(data=data, model=Namespace(**model), trainer=TRAINER)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 40 bytes."), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (MemoryError(), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_which_errors_are_a_lack_of_memory(error: BaseException, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected
+
+
+def test_real_ones() -> None:
+    for ask in (lambda: torch.empty(2**55), lambda: np.empty(2**55)):
+        with pytest.raises((RuntimeError, MemoryError)) as caught:
+            ask()
+        assert is_out_of_memory(caught.value)
+        assert "computer (" in memory_message(caught.value, "supervised", _recipe(net=NET, loss_chunk=64))
+
+
+def test_the_message_has_the_settings_of_the_recipe() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has")
+    logits = memory_message(error, "logits", _recipe(student=NET, token_chunk=None))
+    assert logits.startswith("out of memory of the GPU (2.5 GiB more were asked for); checkpoints are as they were; ")
+    assert "a smaller data.batch_size (now 8; a larger trainer.accumulate_grad_batches, now 4, keeps" in logits
+    assert "model.student.activation_checkpointing: true, a smaller model.token_chunk (now null)" in logits
+    recomputing = Namespace(activation_checkpointing=True)
+    layers = memory_message(error, "layers", _recipe(packing=True, student=recomputing))
+    assert "a smaller data.max_tokens (now 300)" in layers
+    for absent in ("batch_size (now 8; a", "activation_checkpointing", "chunk"):
+        assert absent not in layers
