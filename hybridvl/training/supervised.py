@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hybridvl.checkpoints import load_weights
-from hybridvl.layers.errors import within
+from hybridvl.layers.errors import ConfigError, within
 from hybridvl.models.config import ModelConfig
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.training.answers import answers_right
 from hybridvl.training.base import Batch, TrainingModule, causal_inputs, check_positive
 from hybridvl.training.distributed import Means, processes, summed, summed_counts
 from hybridvl.training.freezing import choose_trained
+from hybridvl.training.lora import Adapters, LoraSettings, refuse_adapters
 from hybridvl.training.losses import TokenLoss, label_positions, linear_cross_entropy
 from hybridvl.training.optim import OptimizerConfig
 
@@ -35,7 +37,9 @@ class SupervisedTuning(TrainingModule):
         loss_chunk: tokens whose logits exist at a time.
         reply_tokens: longest reply that the test and predictions write.
         source: folder of a model of the same layers and sizes whose weights training starts from; null: fresh ones.
-        train_only: what is trained, in the same words as `freeze`; null trains everything that is not frozen.
+        train_only: what is trained, in the same words as `freeze`; null trains everything that is not frozen, or with
+            `lora` nothing but the adapters.
+        lora: adapters that are trained instead of the weights of `source`; null: none.
     """
 
     def __init__(
@@ -47,14 +51,20 @@ class SupervisedTuning(TrainingModule):
         reply_tokens: int = 64,
         source: str | None = None,
         train_only: Sequence[str] | None = None,
+        lora: LoraSettings | None = None,
     ) -> None:
         check_positive("loss_chunk", loss_chunk)
+        if lora is not None and source is None:
+            raise ConfigError("model.source: null; model.lora needs a folder with the weights that it adapts")
         model = VisionLanguageModel(net)
         if source is not None:
             with within("model.source"):
                 load_weights(model, source)
-        choose_trained(model, train_only, freeze)
+        choose_trained(model, train_only if lora is None else train_only or (), freeze)
+        self.adapters = None if lora is None or source is None else Adapters(model, lora, source)
         super().__init__(model, optimizer, reply_tokens)
+        if self.adapters is not None:
+            self.adapters.leave_out_frozen(self)
         self.loss_chunk = loss_chunk
         self._means = Means(("val/loss", "val/token_accuracy", "val/exact"))
         self._kind_right: Counter[str] = Counter()
@@ -99,6 +109,20 @@ class SupervisedTuning(TrainingModule):
         for kind, answers in sorted(total.items()):
             if kind:  # questions without one are in val/exact alone
                 self.log(f"val/{kind}_exact", right[kind] / answers, batch_size=answers, sync_dist=True)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say in the checkpoint which adapters it holds, too."""
+        super().on_save_checkpoint(checkpoint)
+        if self.adapters is not None:
+            self.adapters.record(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of other adapters, too."""
+        super().on_load_checkpoint(checkpoint)
+        if self.adapters is not None:
+            self.adapters.check(checkpoint)
+        else:
+            refuse_adapters(checkpoint)
 
     def token_loss(self, batch: Batch) -> TokenLoss:
         """Loss and hits over the label tokens of a batch; no other token reaches the output head."""

@@ -1,4 +1,4 @@
-"""Frame recall: a stream of frames, each a scanned digit, some of them labelled; later one is asked for by its label."""
+"""Frame recall: a stream of scanned digits as frames, some of them labelled; later one is asked for by its label."""
 
 from __future__ import annotations
 

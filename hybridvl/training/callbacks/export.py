@@ -9,11 +9,16 @@ from hybridvl.data.module import ChatDataModule
 from hybridvl.inference.processor import Processor
 from hybridvl.training.base import TrainingModule
 from hybridvl.training.callbacks.checkpoints import Checkpoints
+from hybridvl.training.lora import ADAPTER_FOLDER
+from hybridvl.training.supervised import SupervisedTuning
 from hybridvl.training.trainer import is_dry_run, run_folder
 
 
 class ExportModel(Callback):
-    """Writes model/ into the run folder when the fit ends: configuration, safetensors, tokenizer, image settings."""
+    """Writes model/ into the run folder when the fit ends: configuration, safetensors, tokenizer, image settings.
+
+    Adapters are merged into it; adapter/ has them alone.
+    """
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it, once."""
@@ -23,7 +28,10 @@ class ExportModel(Callback):
         if not isinstance(pl_module, TrainingModule) or not trainer.is_global_zero or is_dry_run(trainer):
             return
         folder = run_folder(trainer) / "model"
-        save(pl_module.net, folder)
+        adapters = pl_module.adapters if isinstance(pl_module, SupervisedTuning) else None
+        if adapters is not None:
+            adapters.save(run_folder(trainer) / ADAPTER_FOLDER)
+        save(pl_module.net if adapters is None else adapters.merged(), folder)
         datamodule = getattr(trainer, "datamodule", None)
         if isinstance(datamodule, ChatDataModule):
             Processor(datamodule.chat, datamodule.images, datamodule.videos).save(folder)
