@@ -125,7 +125,7 @@ def test_an_adapted_projection_is_the_sum_of_two_maps(
     changed = 0
     for name, weight in weights.items():
         base = name.removesuffix(".weight")
-        expected = before[name]
+        expected: torch.Tensor = before[name]
         if f"{base}.lora_A.default.weight" in own and name.endswith(".weight"):
             expected = expected + scale * own[f"{base}.lora_B.default.weight"] @ own[f"{base}.lora_A.default.weight"]
             changed += 1
@@ -168,8 +168,8 @@ def test_peft_takes_the_adapters_alone(source: Path, tmp_path: Path) -> None:
         "adapter_model.safetensors",
     ]
     taken = PeftModel.from_pretrained(hybridvl.load(source), tmp_path / "adapter").eval()
-    config = taken.peft_config["default"]
-    assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (4, 6.0, str(source))
+    config = taken.peft_config["default"].to_dict()
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 6.0, str(source))
     batch = model_inputs(tiny.batch())
     with torch.no_grad():
         logits = module.net.eval()(**batch).logits
