@@ -69,7 +69,7 @@ class FrameRecall(Task):
         test_streams: int = 1_000,
     ) -> None:
         self.frames = require_span("data.task.frames", frames, _MOST_FRAMES)
-        self.items = self.frames if items is None else require_span("data.task.items", items, _MOST_FRAMES)
+        self.items = None if items is None else require_span("data.task.items", items, _MOST_FRAMES)
         self.lag = None if lag is None else require_span("data.task.lag", lag, _MOST_FRAMES)
         self.streams = {"train": train_streams, "val": val_streams, "test": test_streams}
         sizes = {"letters": letters, "size": size, "turns": turns, "eval_turns": eval_turns}
@@ -78,7 +78,8 @@ class FrameRecall(Task):
                 raise ConfigError(f"data.task.{name}: {value}; expected at least 1")
         if not 0 <= augment <= 2:
             raise ConfigError(f"data.task.augment: {augment}; expected a number from 0 to 2")
-        labels, most = len(_ALPHABET) ** letters, min(self.items[1], self.frames[1])
+        labels = len(_ALPHABET) ** letters
+        most = self.frames[1] if self.items is None else min(self.items[1], self.frames[1])
         if most > labels:
             raise ConfigError(
                 f"data.task.letters: {letters}, which give {labels} labels; expected enough for {most} labelled frames"
@@ -136,7 +137,7 @@ class FrameSource(Source):
     def _stream(self, rng: np.random.Generator) -> Stream:
         task = self.task
         count = int(rng.integers(task.frames[0], task.frames[1] + 1))
-        labelled = min(count, int(rng.integers(task.items[0], task.items[1] + 1)))
+        labelled = count if task.items is None else min(count, int(rng.integers(task.items[0], task.items[1] + 1)))
         nearest, farthest = (1, count) if task.lag is None else (task.lag[0], min(task.lag[1], count))
         turns = min(task.turns if self.training else task.eval_turns, labelled, farthest - nearest + 1)
         # What is asked for is drawn first, so that every lag that may be asked for is as likely as any other.
@@ -150,7 +151,7 @@ class FrameSource(Source):
         return Stream(rng.choice(scan_splits()[self.split], size=count), labels, asked.tolist())
 
     def _kind(self, stream: Stream, asked: int) -> str:
-        low, high = self.task.items
+        low, high = self.task.items or self.task.frames
         items = f"items_{_bucket(sum(map(bool, stream.labels)))}_" if low < high else ""
         return f"{items}lag_{_bucket(len(stream.labels) - asked)}"
 
