@@ -40,6 +40,10 @@ class Block(nn.Module):
         """The mixer's output (B, T, D), before it is added to x (B, T, D)."""
         return self.mixer(self.mixer_norm(x), sequence, state)
 
+    def mix_alone(self, x: Tensor, sequence: Sequence) -> Tensor:
+        """`mix`, for who wants nothing else of the layer: `forward` does not come by, so that it may be wrapped too."""
+        return self.mix(x, sequence)
+
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """What follows the mixer: `mixed` (B, T, D) added to x, then the SwiGLU."""
         x = x + mixed

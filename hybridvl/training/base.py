@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
 from torch.optim import Optimizer
 
@@ -20,9 +21,12 @@ from hybridvl.models.positions import VisualGrids
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.training.agreement import check_agreement
 from hybridvl.training.answers import Question, model_inputs, split_questions
+from hybridvl.training.distributed import summed
 from hybridvl.training.optim import OptimizerConfig, build_optimizer, build_schedule
 from hybridvl.training.replies import reply
 from hybridvl.training.scores import ReplyScores
+from hybridvl.training.sharding import Sharding, gather_all, is_sharded, scatter_all, share_shards, whole
+from hybridvl.training.strategy import ShardedStrategy, sharding_of
 from hybridvl.training.trainer import logs_next
 
 Batch = Mapping[str, Any]
@@ -31,6 +35,9 @@ MODEL_KEY = "hybridvl_model"
 """Where a checkpoint keeps `ModelConfig.to_dict()`."""
 
 _LISTED = 3  # tensors that an error message names
+
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+_TEACHING = ("embed", "run_decoder")
 
 
 class TrainingModule(LightningModule):
@@ -85,11 +92,55 @@ class TrainingModule(LightningModule):
         if self.trainer.precision == "64-true":
             self.double()  # Lightning does so only after it has loaded a checkpoint, whose weights it would round
 
+    def configure_model(self) -> None:
+        """Shard the model and its teacher, once, where the trainer's strategy is one that shards."""
+        sharding = sharding_of(self.trainer)
+        if sharding is None or is_sharded(self.net):
+            return
+        if isinstance(self.trainer.strategy, ShardedStrategy):
+            self.trainer.strategy.check_weights = self.check_weights
+        shared = [shared_parameters(self.net, teacher) for teacher in self._teachers]
+        self.shard(sharding)
+        for teacher, names in zip(self._teachers, shared, strict=True):
+            share_shards(self.net, teacher, names)
+
+    def shard(self, sharding: Sharding) -> None:
+        """Shard all weights: those of a layer are gathered while it runs, all others while a step runs."""
+        sharding.shard_layers(self.net)
+        sharding.shard_rest(self, _STEPS)
+        for teacher in self._teachers:
+            sharding.shard_layers(teacher)
+            sharding.shard_rest(teacher, _TEACHING)
+
+    def on_validation_start(self) -> None:
+        """Gather sharded weights: from here on processes need not do the same things at the same time."""
+        self._gather()
+
+    def on_validation_end(self) -> None:
+        """Go back to shards."""
+        self._scatter()
+
+    def on_test_start(self) -> None:
+        """Gather sharded weights."""
+        self._gather()
+
+    def on_test_end(self) -> None:
+        """Go back to shards."""
+        self._scatter()
+
+    def on_predict_start(self) -> None:
+        """Gather sharded weights."""
+        self._gather()
+
+    def on_predict_end(self) -> None:
+        """Go back to shards."""
+        self._scatter()
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of all gradients, before they are clipped."""
         if logs_next(self.trainer):
             gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-            self.log("train/gradient_norm", get_total_norm(gradients), batch_size=1)
+            self.log("train/gradient_norm", whole(get_total_norm(gradients)), batch_size=1)
 
     def on_test_epoch_start(self) -> None:
         """Forget the scores of the previous pass."""
@@ -154,8 +205,13 @@ class TrainingModule(LightningModule):
         if MODEL_KEY not in checkpoint:
             raise ConfigError(f"the checkpoint does not say which model it is of (no {MODEL_KEY!r} in it)")
         check_same_model(ModelConfig.from_dict(checkpoint[MODEL_KEY]), self.config, "ckpt_path")
+        if isinstance(checkpoint["state_dict"], Mapping):  # else it has not been read yet
+            self.check_weights(checkpoint["state_dict"])
+
+    def check_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Refuse weights of another teacher's student."""
         for teacher in self._teachers:
-            _check_shared(checkpoint["state_dict"], self.net, teacher)
+            _check_shared(weights, self.net, teacher)
 
     def log_lr(self) -> None:
         """Log train/lr, the learning rate of the step that is being taken."""
@@ -192,6 +248,14 @@ class TrainingModule(LightningModule):
         begin = turns[-2] if len(turns) > 1 else 0
         end = turns[-1] if len(turns) > 1 else question.prompt.numel()
         return self.text(question.prompt[begin:end]).removeprefix("user\n").strip()
+
+    def _gather(self) -> None:
+        if is_sharded(self.net):
+            gather_all((self, *self._teachers))
+
+    def _scatter(self) -> None:
+        if is_sharded(self.net):
+            scatter_all((self, *self._teachers))
 
     def _tokenizer(self) -> Any:
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -246,18 +310,28 @@ def embedded(net: VisionLanguageModel, inputs: Mapping[str, Any]) -> tuple[Tenso
     return embeds, positions
 
 
+def shared_parameters(net: VisionLanguageModel, teacher: VisionLanguageModel) -> list[str]:
+    """Names of the model's parameters that are its teacher's own."""
+    theirs = {id(parameter) for parameter in teacher.parameters()}
+    return [name for name, parameter in net.named_parameters() if id(parameter) in theirs]
+
+
 def _check_shared(saved: Mapping[str, Tensor], net: VisionLanguageModel, teacher: VisionLanguageModel) -> None:
     """Raise ConfigError if a checkpoint would change what the model shares with its teacher."""
-    theirs = {id(parameter) for parameter in teacher.parameters()}
-    shared = {f"net.{name}": p for name, p in net.named_parameters() if id(p) in theirs}
-    changed = [
-        name.removeprefix("net.")
-        for name, parameter in shared.items()
-        if name in saved and not torch.equal(saved[name].to(parameter), parameter)
-    ]
+    own = dict(net.named_parameters())
+    names = [name for name in shared_parameters(net, teacher) if f"net.{name}" in saved]
+    pairs = ((_local(saved[f"net.{name}"]), _local(own[name])) for name in names)
+    differ = [float(not torch.equal(theirs.to(mine), mine)) for theirs, mine in pairs]
+    counts = summed(torch.tensor(differ, dtype=torch.float64, device=net.lm_head_weight.device))  # over all shards
+    changed = [name for name, count in zip(names, counts.tolist(), strict=True) if count]
     if changed:
         more = f" and {len(changed) - _LISTED} more" if len(changed) > _LISTED else ""
         raise ConfigError(
             f"ckpt_path: a checkpoint of another teacher's student: {', '.join(changed[:_LISTED])}{more} are not "
             "the teacher's; expected the teacher of the checkpoint"
         )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor in shards."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

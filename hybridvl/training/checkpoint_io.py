@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from hybridvl.checkpoints.files import write_files
 from hybridvl.layers.errors import ConfigError
+from hybridvl.training.sharded_checkpoint import is_sharded_checkpoint, read_whole
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -40,13 +42,21 @@ class AtomicCheckpointIO(CheckpointIO):
         return read_checkpoint(path)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete a checkpoint file if it is there."""
-        Path(path).unlink(missing_ok=True)
+        """Delete a checkpoint if it is there."""
+        if Path(path).is_dir():
+            shutil.rmtree(path)
+        else:
+            Path(path).unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The contents of a checkpoint file, on the CPU; ConfigError when it is missing, damaged, or holds code."""
+    """The contents of a checkpoint, on the CPU: a file, or a folder of shards, which are put together.
+
+    ConfigError when it is missing, damaged, or holds code.
+    """
     path = Path(path)
+    if is_sharded_checkpoint(path):
+        return read_whole(path)
     if not path.is_file():
         raise ConfigError(f"checkpoint {path}: no such file")
     try:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.norms import at_least_float32
@@ -16,6 +18,7 @@ from hybridvl.models.block import Block
 from hybridvl.training.base import Batch, TrainingModule, causal_inputs, embedded, real_positions
 from hybridvl.training.distributed import Means, processes, summed
 from hybridvl.training.optim import OptimizerConfig
+from hybridvl.training.sharding import Sharding, unsharded
 from hybridvl.training.student import StudentConfig, build_pair
 
 LAYER_LOSSES = ("mse", "relative_mse", "cosine")
@@ -27,8 +30,9 @@ class LayerLoss(NamedTuple):
 
     layer: its number.
     loss: (), mean over the real tokens of this process's batch, float32 (float64 for float64 models).
-    gradients: of the layer's share of the mean loss, times the loss factor, one for each of its trained parameters;
-        none where they were not asked for.
+    gradients: of the layer's share of the mean loss, times the loss factor and the batch's weight, one for each of its
+        trained parameters; in shards, and the mean over the processes, where those are sharded. None of them where they
+        were not asked for.
     """
 
     layer: int
@@ -89,20 +93,21 @@ class LayerDistillation(TrainingModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean over replaced layers and over the real tokens of all processes' batches."""
-        parts = list(self.layer_losses(batch))
-        losses, tokens = torch.stack([part.loss for part in parts]), real_positions(batch).sum()
-        sums = summed(torch.cat((losses * tokens, tokens.to(losses)[None])))
-        total = sums[-1].clamp_min(1)
-        means = sums[:-1] / total
+        tokens = real_positions(batch).sum()
+        total = summed(tokens).clamp_min(1)
+        # Processes average their gradients; weighted like this, that is the gradient of the mean over all tokens.
+        weight = tokens * processes() / total
+        parts = list(self.layer_losses(batch, weight))
+        losses = torch.stack([part.loss for part in parts])
+        means = summed(losses * tokens) / total
         self.log("train/loss", means.mean(), prog_bar=True, batch_size=1)
         for part, mean in zip(parts, means, strict=True):
             self.log(self._tag("train", part.layer), mean, batch_size=1)
         self.log_lr()
         gradients = [gradient for part in parts for gradient in part.gradients]
         parameters = [p for part in parts for p in _trained(self._blocks(part.layer)[0])]
-        loss = _Carried.apply(losses.mean() * self.loss_factor, gradients, *parameters)
-        # Processes average their gradients; weighted like this, that is the gradient of the mean over all tokens.
-        return loss * (tokens * processes() / total)
+        carried: Tensor = _Carried.apply(losses.mean() * (self.loss_factor * weight), gradients, *parameters)
+        return carried
 
     def on_validation_epoch_start(self) -> None:
         """Forget the losses of the previous pass."""
@@ -121,14 +126,14 @@ class LayerDistillation(TrainingModule):
         for name, mean in means.items():
             self.log(name, mean, sync_dist=True)
 
-    def layer_losses(self, batch: Batch) -> Iterator[LayerLoss]:
-        """The losses of the replaced layers in order, with gradients of their mean where autograd records.
+    def layer_losses(self, batch: Batch, weight: Tensor | float = 1.0) -> Iterator[LayerLoss]:
+        """The losses of the replaced layers in order, with gradients of `weight` times their mean if autograd records.
 
         Nothing is computed of a layer before the loss of the one before it has been taken.
         """
         differentiate = torch.is_grad_enabled()
         inputs, real = causal_inputs(batch), real_positions(batch)
-        with torch.no_grad():
+        with torch.no_grad(), unsharded(self.teacher):
             x, positions = embedded(self.teacher, inputs)
         packed = inputs.get("cu_seqlens")
         sequence, own_sequence = (
@@ -136,21 +141,31 @@ class LayerDistillation(TrainingModule):
         )
         for layer in range(self.replaced[-1] + 1):
             own, theirs = self._blocks(layer)
-            with torch.no_grad():
+            with torch.no_grad(), unsharded(theirs):
                 mixed = theirs.mix(x, sequence)
                 following = theirs.finish(x, mixed)
             if layer in self.replaced:
                 target = following if self.match == "layer" else mixed
+                trained = _trained(own)
                 with torch.set_grad_enabled(differentiate):
-                    output = own(x, own_sequence) if self.match == "layer" else own.mix(x, own_sequence)
+                    output = own(x, own_sequence) if self.match == "layer" else own.mix_alone(x, own_sequence)
                     loss = _masked_mean(token_distances(output, target, self.loss), real)
-                    share = loss * (self.loss_factor / len(self.replaced))
-                    gradients = _gradients(share, own) if differentiate else ()
+                    share = loss * (self.loss_factor * weight / len(self.replaced))
+                    gradients = _gradients(share, trained) if differentiate else ()
                 del output, target, share
                 torch.clear_autocast_cache()  # which keeps this layer's weights in half precision
                 yield LayerLoss(layer, loss.detach(), gradients)
             del mixed
             x = following
+
+    def shard(self, sharding: Sharding) -> None:
+        """Shard all weights. Every layer runs, and is differentiated, on its own: no step gathers anything else."""
+        for net in (self.net, self.teacher):
+            sharding.shard_layers(net)
+            sharding.shard_rest(net)
+        if self.match == "mixer":
+            for layer in self.replaced:
+                register_fsdp_forward_method(self._blocks(layer)[0], "mix_alone")
 
     def _blocks(self, layer: int) -> tuple[Block, Block]:
         """The student's layer and the teacher's."""
@@ -200,8 +215,19 @@ def _trained(block: Block) -> list[Tensor]:
     return [parameter for parameter in block.parameters() if parameter.requires_grad]
 
 
-def _gradients(loss: Tensor, block: Block) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, _trained(block), materialize_grads=True)
+def _gradients(loss: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Of a layer's parameters, as they were before it ran."""
+    if not any(isinstance(parameter, DTensor) for parameter in parameters):
+        return torch.autograd.grad(loss, parameters, materialize_grads=True)
+    # Only a backward pass of its own reduces gradients to shards. What steps have accumulated so far stays aside.
+    accumulated = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    loss.backward()
+    found = tuple(torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
+    for parameter, gradient in zip(parameters, accumulated, strict=True):
+        parameter.grad = gradient
+    return found
 
 
 def _masked_mean(values: Tensor, real: Tensor) -> Tensor:

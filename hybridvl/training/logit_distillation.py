@@ -24,6 +24,7 @@ from hybridvl.training.distributed import processes, summed
 from hybridvl.training.divergences import DIVERGENCES, linear_divergence
 from hybridvl.training.losses import TokenLoss, label_positions, linear_cross_entropy
 from hybridvl.training.optim import OptimizerConfig
+from hybridvl.training.sharding import unsharded
 from hybridvl.training.student import StudentConfig, build_pair
 
 TOKENS = ("all", "answers")
@@ -103,6 +104,7 @@ class LogitDistillation(TrainingModule):
         self.temperature = temperature
         self.cross_entropy = cross_entropy
         self.tokens = tokens
+        self._same_embeddings = _same_embeddings(self.net, self.teacher)
         self.token_chunk = token_chunk
         self.vocab_chunk = vocab_chunk
         self._sums: list[Tensor] = []  # of each batch of a validation pass: sums and counts (2, 4)
@@ -152,19 +154,20 @@ class LogitDistillation(TrainingModule):
 
     def logit_loss(self, batch: Batch, labels: bool) -> LogitLoss:
         """The divergence over a batch's tokens and, if asked for, the cross-entropy over its labels."""
-        hidden, taught = self.hidden_states(batch)
         predicts = label_positions(batch["labels"])
         chosen = predicts if self.tokens == "answers" else real_positions(batch)
-        divergence = linear_divergence(
-            hidden[chosen],
-            self.net.lm_head_weight,
-            taught[chosen],
-            self.teacher.lm_head_weight,
-            self.divergence,
-            self.temperature,
-            self.token_chunk,
-            self.vocab_chunk,
-        )
+        with unsharded(self.teacher):
+            hidden, taught = self.hidden_states(batch)
+            divergence = linear_divergence(
+                hidden[chosen],
+                self.net.lm_head_weight,
+                taught[chosen],
+                self.teacher.lm_head_weight,
+                self.divergence,
+                self.temperature,
+                self.token_chunk,
+                self.vocab_chunk,
+            )
         found = None
         if labels:
             targets = batch["labels"][:, 1:][predicts[:, :-1]]
@@ -175,7 +178,7 @@ class LogitDistillation(TrainingModule):
     def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(B, T, D) of the student and, without a graph, of the teacher."""
         inputs = causal_inputs(batch)
-        if not _same_embeddings(self.net, self.teacher):
+        if not self._same_embeddings:
             with torch.no_grad():
                 taught = self.teacher.hidden(**inputs)
             return self.net.hidden(**inputs), taught

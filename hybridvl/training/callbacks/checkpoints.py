@@ -9,7 +9,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from hybridvl.layers.errors import ConfigError
-from hybridvl.training.checkpoint_io import read_checkpoint
 from hybridvl.training.trainer import is_dry_run, run_folder
 
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -68,7 +67,8 @@ class Checkpoints(Checkpoint):
         """Load the best weights, once; all processes must call this."""
         if self.best is not None and not self._took_best:
             self._took_best = True
-            trainer.strategy.load_model_state_dict(read_checkpoint(checkpoint_folder(trainer) / BEST))
+            best = trainer.strategy.load_checkpoint(checkpoint_folder(trainer) / BEST, weights_only=True)
+            trainer.strategy.load_model_state_dict(best)
 
     def state_dict(self) -> dict[str, Any]:
         """The best score so far."""

@@ -10,6 +10,7 @@ from hybridvl.inference.processor import Processor
 from hybridvl.training.base import TrainingModule
 from hybridvl.training.callbacks.checkpoints import Checkpoints
 from hybridvl.training.lora import ADAPTER_FOLDER
+from hybridvl.training.sharding import put_together
 from hybridvl.training.supervised import SupervisedTuning
 from hybridvl.training.trainer import is_dry_run, run_folder
 
@@ -25,8 +26,13 @@ class ExportModel(Callback):
         for keeper in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(keeper, Checkpoints):
                 keeper.take_best(trainer)  # a fit that was resumed at its last step has not come to the end of training
-        if not isinstance(pl_module, TrainingModule) or not trainer.is_global_zero or is_dry_run(trainer):
+        if not isinstance(pl_module, TrainingModule) or is_dry_run(trainer):
             return
+        with put_together(pl_module.net, keep=trainer.is_global_zero):
+            if trainer.is_global_zero:
+                self._write(trainer, pl_module)
+
+    def _write(self, trainer: Trainer, pl_module: TrainingModule) -> None:
         folder = run_folder(trainer) / "model"
         adapters = pl_module.adapters if isinstance(pl_module, SupervisedTuning) else None
         if adapters is not None:
