@@ -106,7 +106,7 @@ class LayerDistillation(TrainingModule):
         self.log_lr()
         gradients = [gradient for part in parts for gradient in part.gradients]
         parameters = [p for part in parts for p in _trained(self._blocks(part.layer)[0])]
-        carried: Tensor = _Carried.apply(losses.mean() * (self.loss_factor * weight), gradients, *parameters)
+        carried: Tensor = _Carried.apply(losses.mean() * weight * self.loss_factor, gradients, *parameters)
         return carried
 
     def on_validation_epoch_start(self) -> None:
@@ -150,7 +150,7 @@ class LayerDistillation(TrainingModule):
                 with torch.set_grad_enabled(differentiate):
                     output = own(x, own_sequence) if self.match == "layer" else own.mix_alone(x, own_sequence)
                     loss = _masked_mean(token_distances(output, target, self.loss), real)
-                    share = loss * (self.loss_factor * weight / len(self.replaced))
+                    share = loss * weight * (self.loss_factor / len(self.replaced))
                     gradients = _gradients(share, trained) if differentiate else ()
                 del output, target, share
                 torch.clear_autocast_cache()  # which keeps this layer's weights in half precision
