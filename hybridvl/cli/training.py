@@ -43,10 +43,12 @@ from hybridvl.training.callbacks.predictions import PredictionWriter
 from hybridvl.training.callbacks.process_group import FIRST, ProcessGroup, follow_first_process
 from hybridvl.training.callbacks.progress import StepProgress
 from hybridvl.training.callbacks.run_summary import RunSummary
+from hybridvl.training.callbacks.skipped import SkippedSamples
 from hybridvl.training.callbacks.state_norms import StateNorms
 from hybridvl.training.callbacks.throughput import Throughput
 from hybridvl.training.checkpoint_io import AtomicCheckpointIO
 from hybridvl.training.memory import is_out_of_memory, memory_message
+from hybridvl.training.sharded_checkpoint import is_sharded_checkpoint
 from hybridvl.training.trainer import is_dry_run, run_folder
 
 DESCRIPTIONS = {
@@ -164,7 +166,7 @@ class TrainingCLI(LightningCLI):
         except ConfigError:
             self._forget_folder()
             raise
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, OSError) as error:
             if is_out_of_memory(error):
                 raise RunError(memory_message(error, self._stage, self.config[command])) from error
             raise
@@ -195,8 +197,8 @@ class TrainingCLI(LightningCLI):
             return
         by_name = {"last": LAST, "best": BEST}.get(path)
         found = Path(path) if by_name is None else self._newest(by_name)
-        if not found.is_file():
-            what = "a folder; expected a file, for example checkpoints/last.ckpt" if found.is_dir() else "no such file"
+        if not (found.is_file() or is_sharded_checkpoint(found)):
+            what = "a folder; expected a checkpoint, like last.ckpt" if found.is_dir() else "no such file"
             raise ConfigError(f"ckpt_path: {path}: {what}")
         section.ckpt_path = str(found)
         folder = found.resolve().parent.parent
@@ -209,7 +211,7 @@ class TrainingCLI(LightningCLI):
         """The checkpoint `name` beside the recipe when that is a run's config.yaml, else of the newest version."""
         run: RunConfig = RunConfig(**self.config[self._command].run.as_dict())
         own = [recipe.parent / "checkpoints" / name for recipe in _Parser.recipes]
-        found = [path for path in own if path.is_file()]
+        found = [path for path in own if path.exists()]
         if not found:
             pattern = f"{run.version or '*'}/checkpoints/{name}"
             found = sorted(run.folder.glob(pattern), key=lambda path: path.stat().st_mtime_ns)
@@ -266,7 +268,7 @@ class TrainingCLI(LightningCLI):
     def _callbacks(self, progress_bar: bool, logged: bool) -> list[Callback]:
         seed = self._get(self.config, "seed_everything")
         callbacks: list[Callback] = [ProcessGroup(), ExactResume(), FiniteLoss(), Throughput(), MemoryMonitor()]
-        callbacks += [StateNorms(), PredictionWriter()]
+        callbacks += [StateNorms(), PredictionWriter(), SkippedSamples()]
         if progress_bar:
             callbacks.append(StepProgress())
         if logged:

@@ -16,6 +16,10 @@ from hybridvl.data.visuals import Grid, read_visuals, token_counts
 from hybridvl.layers.errors import ConfigError
 
 
+class TooLong(ConfigError):
+    """A conversation whose answers do not fit the context."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One encoded conversation of T tokens, in arrays that are cheap to send between processes.
@@ -74,7 +78,8 @@ class SampleEncoder:
         """The arrays of one sample; `place` names it in errors.
 
         Raises:
-            ConfigError: malformed messages, an unreadable image, no answer, or one that does not fit `max_tokens`.
+            TooLong: an answer that does not fit `max_tokens`.
+            ConfigError: malformed messages, an unreadable image, or no answer.
         """
         messages = sample["messages"]
         visuals = read_visuals(messages, self.images, self.videos, place)
@@ -86,7 +91,7 @@ class SampleEncoder:
             raise ConfigError(f"{place}: no assistant turn; expected at least one answer to learn from")
         if end > self.max_tokens:
             shown = f"{sum(counts[0])} of them image tokens" + (f", {sum(counts[1])} video tokens" * any(counts[1]))
-            raise ConfigError(
+            raise TooLong(
                 f"{place}: {'its last answer ends at' if chat.answers else 'it has'} {end} tokens ({shown}), "
                 f"which does not fit the context data.max_tokens = {self.max_tokens}"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule
 
@@ -19,6 +19,7 @@ from hybridvl.layers.errors import ConfigError
 
 DEFAULT_IMAGES = ImageConfig()
 DEFAULT_VIDEOS = VideoConfig()
+TOO_LONG = ("error", "skip")
 UNCOUNTED_BATCHES = 1_000
 """Batches in an epoch where one pass over the data cannot be counted beforehand."""
 
@@ -37,13 +38,16 @@ class ChatDataModule(LightningDataModule):
         videos: which frames of a video are shown and how large, and how they are placed (which must be the model's).
         batch_size: samples in a padded batch.
         eval_batch_size: the same for validation, test and prediction; None takes batch_size.
-        max_tokens: context, the longest conversation; with packing also the length of a row at most.
-        packing: pack training samples end to end into one row of max_tokens instead of padding batch_size of them.
+        max_tokens: context, the longest conversation.
+        too_long: what to do with a sample whose answers do not fit max_tokens: "error", or "skip" it and count it.
+        packing: pack training samples end to end into one row of tokens_per_batch instead of padding them.
+        tokens_per_batch: tokens in a training batch at most, padding counted: as many whole samples as fit, one after
+            the other, instead of batch_size. null: batch_size samples, with packing a row of max_tokens.
         workers: processes that make training batches, and as many for evaluation; 0 makes them in the main process.
         seed: seed of everything that is drawn or shuffled.
         system: the system turn added to conversations that have none; null adds no turn.
         epoch_batches: training batches in an epoch; null is one pass over the data, or 1,000 where that cannot be
-            counted beforehand (packing, streaming).
+            counted beforehand (packing, tokens_per_batch, skipped samples, streaming).
         train_samples: use only the first so many training samples, the same in every epoch; null uses all.
         shuffle_block: rows of a stream that are read and shuffled together; other data is shuffled whole.
     """
@@ -57,7 +61,9 @@ class ChatDataModule(LightningDataModule):
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         max_tokens: int = 2048,
+        too_long: Literal["error", "skip"] = "error",
         packing: bool = False,
+        tokens_per_batch: int | None = None,
         workers: int = 0,
         seed: int = 0,
         system: str | None = DEFAULT_SYSTEM,
@@ -71,10 +77,18 @@ class ChatDataModule(LightningDataModule):
             "eval_batch_size": eval_batch_size,
             "epoch_batches": epoch_batches,
             "train_samples": train_samples,
+            "tokens_per_batch": tokens_per_batch,
         }
         for name, value in {**sizes, **optional}.items():
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name}: {value}; expected at least 1")
+        if tokens_per_batch is not None and tokens_per_batch < max_tokens:
+            raise ConfigError(
+                f"data.tokens_per_batch: {tokens_per_batch}; expected at least data.max_tokens = {max_tokens}, so that "
+                "every sample fits, or null"
+            )
+        if too_long not in TOO_LONG:
+            raise ConfigError(f"data.too_long: {too_long!r}; expected one of {', '.join(TOO_LONG)}")
         if workers < 0:
             raise ConfigError(f"data.workers: {workers}; expected at least 0")
         self.task = DigitPages() if task is None else task
@@ -86,10 +100,17 @@ class ChatDataModule(LightningDataModule):
         self.images = ImageProcessor(images)
         self.videos = VideoProcessor(self.images, videos)
         self.max_tokens = max_tokens
-        self._train_config = LoaderConfig(batch_size, max_tokens, packing, workers)
-        self._eval_config = LoaderConfig(eval_batch_size or batch_size, max_tokens, False, workers)
+        self.too_long = too_long
+        size, tokens, skip = (
+            None if tokens_per_batch else batch_size,
+            tokens_per_batch or max_tokens,
+            too_long == "skip",
+        )
+        self._train_config = LoaderConfig(size, tokens, packing, workers, skip)
+        self._eval_config = LoaderConfig(eval_batch_size or batch_size, max_tokens, False, workers, skip)
         self._train_loader: TrainLoader | None = None
         self._loaders: list[TrainLoader | EvalLoader] = []
+        self._by_split: dict[Split, TrainLoader | EvalLoader] = {}
         self._resume: dict[str, Any] | None = None
 
     def source(self, split: Split) -> Any:
@@ -107,11 +128,12 @@ class ChatDataModule(LightningDataModule):
         order = make_order(source, seed=self.seed, training=True, block=self.shuffle_block, **self._share())
         config = self._train_config
         batches = self.epoch_batches or UNCOUNTED_BATCHES
-        if self.epoch_batches is None and isinstance(order, NumberOrder) and not config.packing:
-            batches = -(-order.share // config.batch_size)
+        if self.epoch_batches is None and isinstance(order, NumberOrder) and config.fixed_size is not None:
+            batches = -(-order.share // config.fixed_size)
         stream = BatchStream(source, order, self._encoder(), config, "train")
         self._train_loader = TrainLoader(stream, batches)
         self._loaders.append(self._train_loader)
+        self._by_split["train"] = self._train_loader
         if self._resume is not None:
             self._train_loader.load_state_dict(self._resume)
             self._resume = None
@@ -140,6 +162,11 @@ class ChatDataModule(LightningDataModule):
             self._train_loader.load_state_dict(self._resume)
             self._resume = None
 
+    def skipped(self) -> dict[str, int]:
+        """Samples that this process has skipped because they are too long, by split: of training so far, else in the
+        latest pass; splits without any are left out."""
+        return {split: loader.skipped for split, loader in self._by_split.items() if loader.skipped}
+
     def teardown(self, stage: str) -> None:
         """End the workers of all loaders."""
         for loader in self._loaders:
@@ -156,6 +183,7 @@ class ChatDataModule(LightningDataModule):
         order = make_order(source, seed=self.seed, training=False, block=1, **self._share())
         loader = EvalLoader(BatchStream(source, order, self._encoder(require_answers), self._eval_config, split))
         self._loaders.append(loader)
+        self._by_split[split] = loader
         return loader
 
     def _share(self) -> dict[str, int]:

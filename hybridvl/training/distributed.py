@@ -4,37 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
-
-def processes() -> int:
-    """Processes of this run."""
-    return distributed.get_world_size() if _started() else 1
-
-
-def process_rank() -> int:
-    """The number of this process, from 0."""
-    return distributed.get_rank() if _started() else 0
+from hybridvl.data.processes import gathered as gathered
+from hybridvl.data.processes import process_rank as process_rank
+from hybridvl.data.processes import processes as processes
+from hybridvl.data.processes import started
 
 
 def summed(values: Tensor) -> Tensor:
     """The sum of `values` over all processes, which must all call this; a new tensor of the same shape and dtype."""
     total = values.detach().clone()
-    if _started():
+    if started():
         distributed.all_reduce(total)
     return total
-
-
-def gathered(value: Any) -> list[Any]:
-    """The plain values of all processes by rank; all of them must call this."""
-    if not _started():
-        return [value]
-    values: list[Any] = [None] * processes()
-    distributed.all_gather_object(values, value)
-    return values
 
 
 def summed_counts(counts: Mapping[str, int]) -> dict[str, int]:
@@ -73,7 +58,3 @@ class Means:
         sums, counts = summed(torch.stack([nothing, *self._sums]).sum(0))
         means = sums / counts.clamp_min(1)
         return {name: means[number] for number, name in enumerate(self.names) if counts[number]}
-
-
-def _started() -> bool:
-    return distributed.is_available() and distributed.is_initialized()

@@ -43,7 +43,9 @@ def memory_message(error: BaseException, stage: str, settings: Any) -> str:
 def _helping(stage: str, settings: Any) -> list[str]:
     data, model, trainer = settings.data, settings.model, settings.trainer
     helping = []
-    if not data.packing:
+    if data.tokens_per_batch is not None:
+        helping.append(f"a smaller data.tokens_per_batch (now {data.tokens_per_batch})")
+    elif not data.packing:
         helping.append(
             f"a smaller data.batch_size (now {data.batch_size}; a larger trainer.accumulate_grad_batches, now "
             f"{trainer.accumulate_grad_batches}, keeps the samples of a step)"

@@ -1,15 +1,18 @@
-"""Callbacks that stand for a full disk, a killed process, a broken batch and a lack of memory."""
+"""Callbacks that stand for a full disk, a killed process, a broken batch, a lack of memory; one that keeps a file."""
 
 from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
+
+from hybridvl.training.callbacks.checkpoints import checkpoint_folder
 
 
 class FullDisk(Callback):
@@ -52,6 +55,15 @@ class LittleMemory(Callback):
             pages = int(Path("/proc/self/statm").read_text().split()[0])
             limit = pages * resource.getpagesize() + 2**22
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+class Kept(Callback):
+    """The checkpoint of step 4 stays as checkpoints/kept.ckpt."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 4 and trainer.is_global_zero:
+            folder = checkpoint_folder(trainer)
+            shutil.copy(folder / "last.ckpt", folder / "kept.ckpt")
 
 
 class Ended(Callback):

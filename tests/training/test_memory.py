@@ -15,9 +15,10 @@ NET = Namespace(activation_checkpointing=False)
 TRAINER = Namespace(accumulate_grad_batches=4)
 
 
-def _recipe(packing: bool = False, **model: object) -> Namespace:
-    data = Namespace(packing=packing, batch_size=8, eval_batch_size=None, max_tokens=300, tokens_per_batch=None)
-    return Namespace(data=data, model=Namespace(**model), trainer=TRAINER)
+def _recipe(packing: bool = False, tokens_per_batch: int | None = None, **model: object) -> Namespace:
+    data = {"batch_size": 8, "eval_batch_size": None, "max_tokens": 300}
+    data |= {"packing": packing, "tokens_per_batch": tokens_per_batch}
+    return Namespace(data=Namespace(**data), model=Namespace(**model), trainer=TRAINER)
 
 
 @pytest.mark.parametrize(
@@ -54,5 +55,8 @@ def test_the_message_has_the_settings_of_the_recipe() -> None:
     recomputing = Namespace(activation_checkpointing=True)
     layers = memory_message(error, "layers", _recipe(packing=True, student=recomputing))
     assert "a smaller data.max_tokens (now 300)" in layers
-    for absent in ("batch_size (now 8; a", "activation_checkpointing", "chunk"):
+    for absent in ("batch_size (now 8; a", "activation_checkpointing", "chunk", "tokens_per_batch"):
         assert absent not in layers
+    budget = memory_message(error, "layers", _recipe(tokens_per_batch=900, student=recomputing))
+    assert "a smaller data.tokens_per_batch (now 900), a smaller data.max_tokens (now 300)" in budget
+    assert "batch_size (now 8; a" not in budget

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybridvl.training.base import TrainingModule
 from hybridvl.training.callbacks.checkpoints import BEST, LAST, Checkpoints, checkpoint_folder
+from hybridvl.training.callbacks.skipped import SkippedSamples
 from hybridvl.training.callbacks.throughput import Throughput
 from hybridvl.training.trainer import is_dry_run, run_folder
 from hybridvl.training.versions import versions
@@ -21,7 +22,7 @@ class RunSummary(Callback):
     """Writes metrics.json when a fit, a validation or a test ends.
 
     Keys: metrics (the latest value of each), pattern, parameters, trainable_parameters, steps, tokens, samples,
-    seconds (of training steps), checkpoint, versions.
+    seconds (of training steps), skipped (samples that were too long, by split), checkpoint, versions.
     """
 
     def __init__(self) -> None:
@@ -77,6 +78,7 @@ class RunSummary(Callback):
             lines.append(f"checkpoint   {self._facts['checkpoint']}")
         if (folder / "model").is_dir():
             lines.append(f"model        {folder / 'model'}")
+        lines += [f"skipped      {n} {split} samples, too long" for split, n in _skipped(trainer).items()]
         lines += [f"score        {line}" for line in shown]
         lines.append(f"watch        tensorboard --logdir {shlex.quote(str(folder.parent))}")
         return lines
@@ -98,9 +100,15 @@ class RunSummary(Callback):
             "parameters": sum(p.numel() for p in parameters),
             "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             **self._facts,
+            **({"skipped": _skipped(trainer)} if _skipped(trainer) else {}),
             "versions": versions(),
         }
         write_json(path, facts)
+
+
+def _skipped(trainer: Trainer) -> dict[str, int]:
+    found = [c.counts for c in trainer.callbacks if isinstance(c, SkippedSamples)]  # type: ignore[attr-defined]
+    return found[0] if found else {}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
