@@ -73,7 +73,9 @@ def test_every_file_is_a_pipeline_or_a_recipe_of_one() -> None:
     used = {
         path.resolve() for name in PIPELINES for stage in read_pipeline(RECIPES[name]).stages for path in stage.recipes
     }
-    assert set(PIPELINES) == {"tiny/infinitevl.yaml", "infinitevl/v1.yaml", "infinitevl/v2_base.yaml"}
+    assert set(PIPELINES) == {
+        *("tiny/infinitevl.yaml", "tiny/long.yaml", "infinitevl/v1.yaml", "infinitevl/v2_base.yaml")
+    }
     assert {path.resolve() for name, path in RECIPES.items() if name not in PIPELINES} == used
 
 
@@ -105,16 +107,17 @@ def test_the_published_sizes(pipeline: str, pattern: str, replaced: int, tmp_pat
     shutil.copy(PUBLISHED, teacher / "config.json")
     flags = ("--data.tokenizer", "builtin", "--trainer.accelerator", "cpu", "--trainer.devices", "1")
     stages = _stages(pipeline, tmp_path, *flags, **{"values.teacher": str(teacher)})
-    assert list(stages) == ["layers", "logits", "supervised"]
+    assert list(stages) == ["layers", "logits", "supervised", "context"]
     for cli in stages.values():
         net = cli.model.net
-        assert (net.pattern, net.num_params) == (pattern, 4_408_381_536)
+        adapted = sum(parameter.numel() for name, parameter in net.named_parameters() if ".lora_" in name)
+        assert (net.pattern, net.num_params - adapted) == (pattern, 4_408_381_536)
         assert {parameter.device.type for parameter in net.parameters()} == {"meta"}
         assert {config.window for config in net.mixer_configs if config.name == "swa"} <= {8192}
         images, vision = cli.datamodule.images.config, net.config.vision
         assert (images.patch_size, images.merge_size) == (vision.patch_size, vision.spatial_merge_size)
         assert cli.trainer.accumulate_grad_batches == 8
-    first, second, third = stages.values()
+    first, second, third, fourth = stages.values()
     assert first.model.teacher.num_params == 3_754_622_976
     layers = {name.split(".")[2] for name in _trained(first)}
     assert len(layers) == replaced
@@ -132,8 +135,33 @@ def test_the_published_sizes(pipeline: str, pattern: str, replaced: int, tmp_pat
     )
     assert first.datamodule.task.samples == second.datamodule.task.samples == 1_000_000
 
+    trained = _trained(fourth)
+    assert trained
+    assert all(".mixer." in name and ".lora_" in name for name in trained)
+    assert {int(name.split(".")[2]) for name in trained} == set(range(36))
+    # rank * (in + out): queries, keys, values and output of attention; those, the gate, decay and rate of the others.
+    width, rank = 2048, 64
+    attention = 2 * (width + 2048) + 2 * (width + 256)
+    gdn = 2 * (width + 2048) + 3 * (width + 4096) + 2 * (width + 16)
+    assert sum(fourth.model.net.get_parameter(name).numel() for name in trained) == rank * 9 * (attention + 3 * gdn)
+    assert (fourth.datamodule.max_tokens, fourth.datamodule.task.samples) == (32_768, 1_000_000)
+    assert fourth.model.config.activation_checkpointing
 
-@pytest.mark.parametrize("pipeline", ["tiny/infinitevl.yaml", "infinitevl/v1.yaml"])
+
+def test_the_tiny_stages_of_long_streams(tmp_path: Path, weightless: None) -> None:
+    stages = _stages("tiny/long.yaml", tmp_path, **{"values.seed": "3"})
+    assert list(stages) == ["frames", "context"]
+    short, long = (cli.datamodule for cli in stages.values())
+    assert long.task.frames[0] == long.task.frames[1] == 32 * short.task.frames[1]
+    assert short.task.items == long.task.items
+    assert [cli.datamodule.seed for cli in stages.values()] == [3, 3]
+    assert all(".mixer." in name and ".lora_" in name for name in _trained(stages["context"]))
+    for cli in stages.values():
+        sample = cli.datamodule.source("test").sample(0, 0)
+        assert len(cli.datamodule._encoder()(sample)) <= cli.datamodule.max_tokens
+
+
+@pytest.mark.parametrize("pipeline", ["tiny/infinitevl.yaml", "tiny/long.yaml", "infinitevl/v1.yaml"])
 def test_the_command_line_accepts_a_pipeline(pipeline: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["pipeline", str(RECIPES[pipeline]), "--root", str(tmp_path / "runs"), "--dry-run"]) == 0
     shown = capfd.readouterr()
