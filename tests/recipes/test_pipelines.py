@@ -74,7 +74,8 @@ def test_every_file_is_a_pipeline_or_a_recipe_of_one() -> None:
         path.resolve() for name in PIPELINES for stage in read_pipeline(RECIPES[name]).stages for path in stage.recipes
     }
     assert set(PIPELINES) == {
-        *("tiny/infinitevl.yaml", "tiny/long.yaml", "infinitevl/v1.yaml", "infinitevl/v2_base.yaml")
+        *("tiny/infinitevl.yaml", "tiny/long.yaml", "tiny/progressive.yaml"),
+        *("infinitevl/v1.yaml", "infinitevl/v2_base.yaml"),
     }
     assert {path.resolve() for name, path in RECIPES.items() if name not in PIPELINES} == used
 
@@ -161,7 +162,9 @@ def test_the_tiny_stages_of_long_streams(tmp_path: Path, weightless: None) -> No
         assert len(cli.datamodule._encoder()(sample)) <= cli.datamodule.max_tokens
 
 
-@pytest.mark.parametrize("pipeline", ["tiny/infinitevl.yaml", "tiny/long.yaml", "infinitevl/v1.yaml"])
+@pytest.mark.parametrize(
+    "pipeline", ["tiny/infinitevl.yaml", "tiny/long.yaml", "tiny/progressive.yaml", "infinitevl/v1.yaml"]
+)
 def test_the_command_line_accepts_a_pipeline(pipeline: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["pipeline", str(RECIPES[pipeline]), "--root", str(tmp_path / "runs"), "--dry-run"]) == 0
     shown = capfd.readouterr()
