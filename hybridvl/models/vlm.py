@@ -74,6 +74,9 @@ class VisionLanguageModel(nn.Module):
             config.activation_checkpointing,
         )
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.in_step = False
+        """Whether `embed` runs the vision tower exactly once, whatever it is given: processes that share its weights
+        must do so together, also where one of them has nothing to look at."""
         self.apply(partial(init_weights, std=config.init_std))
 
     @property
@@ -266,9 +269,20 @@ class VisionLanguageModel(nn.Module):
         """Embeddings (B, T, D) of the tokens, with visual features in the places of visual tokens."""
         _check_tokens(input_ids, self.decoder.embed_tokens.weight.shape[0])
         embeds = self.decoder.embed_tokens(input_ids)
-        config = self.config
-        embeds = self._scatter(embeds, input_ids, "image", config.image_token_id, pixel_values, image_grid_thw)
-        return self._scatter(embeds, input_ids, "video", config.video_token_id, pixel_values_videos, video_grid_thw)
+        visuals = (
+            ("image", self.config.image_token_id, pixel_values, image_grid_thw),
+            ("video", self.config.video_token_id, pixel_values_videos, video_grid_thw),
+        )
+        given = []
+        for kind, _, pixels, grid_thw in visuals:
+            if pixels is not None and grid_thw is not None:
+                given.append((pixels, grid_thw))
+            elif pixels is not None or grid_thw is not None:
+                raise ConfigError(f"{kind}s: pixel values and grids must be given together, one of them is missing")
+        features = self._encode_in_step(given) if self.in_step else [self.encode_images(*visual) for visual in given]
+        for kind, token, pixels, _ in visuals:
+            embeds = self._scatter(embeds, input_ids, kind, token, None if pixels is None else features.pop(0))
+        return sum(features, embeds)  # of what has no place
 
     def run_decoder(
         self,
@@ -309,17 +323,26 @@ class VisionLanguageModel(nn.Module):
         }
         return Sequence(rotary, None if attention_mask is None else attention_mask != 0, cu_seqlens)
 
-    def _scatter(
-        self, embeds: Tensor, input_ids: Tensor, kind: str, token: int, pixels: Tensor | None, grid_thw: Tensor | None
-    ) -> Tensor:
-        if (pixels is None) != (grid_thw is None):
-            raise ConfigError(f"{kind}s: pixel values and grids must be given together, one of them is missing")
-        if pixels is None or grid_thw is None:
+    def _encode_in_step(self, visuals: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Features of each by one call of the tower, if there is one; of none, a zero that hangs on all its weights."""
+        if self.visual is None:
+            return [self.encode_images(*visual) for visual in visuals]
+        config, weight = self.visual.config, self.visual.patch_embed.proj.weight
+        merge = config.spatial_merge_size
+        if not visuals:
+            grid_thw = torch.tensor([[1, merge, merge]], device=weight.device)
+            return [0 * self.encode_images(weight.new_zeros(merge**2, config.patch_dim), grid_thw).sum()]
+        pixels, grids = zip(*visuals, strict=True)
+        found = self.encode_images(torch.cat(pixels), torch.cat(grids))
+        return list(found.split([len(part) // merge**2 for part in pixels]))
+
+    def _scatter(self, embeds: Tensor, input_ids: Tensor, kind: str, token: int, features: Tensor | None) -> Tensor:
+        if features is None:
             # A compiled graph cannot look at the tokens; everywhere else a forgotten image is an error.
             if self.visual is not None and not torch.compiler.is_compiling():
                 _check_count(kind, token, int((input_ids == token).sum()), 0)
             return embeds
-        features = self.encode_images(pixels, grid_thw).to(embeds.dtype)
+        features = features.to(embeds.dtype)
         places = (input_ids.flatten() == token).nonzero().squeeze(1)
         _check_count(kind, token, len(places), len(features))
         return embeds.flatten(0, 1).index_copy(0, places, features).view_as(embeds)

@@ -131,7 +131,7 @@ def _step(pipeline: Pipeline, stage: Stage, earlier: Sequence[Step], anew: bool)
         return Step(stage, "run", fresh, key, "its recipe, overrides or source changed" if changed else "new")
     if found.is_done:
         return Step(stage, "skip", found, key, "done")
-    if found.checkpoint.is_file():
+    if found.checkpoint.exists():
         return Step(stage, "resume", found, key, f"was not finished; from {found.checkpoint}")
     return Step(stage, "run", fresh, key, f"{found.folder.name} ended before its first checkpoint")
 
@@ -153,7 +153,7 @@ def _run(pipeline: Pipeline, step: Step, earlier: Sequence[Step], launch: Launch
 
 def _failure(step: Step, ended: Ended) -> StageFailed:
     status = 128 - ended.status if ended.status < 0 else ended.status
-    goes_on = f"goes on from {step.run.checkpoint}" if step.run.checkpoint.is_file() else "starts the stage again"
+    goes_on = f"goes on from {step.run.checkpoint}" if step.run.checkpoint.exists() else "starts the stage again"
     now = f"the same command {goes_on}"
     if ended.signal is not None:
         how, status = "was interrupted", 128 + ended.signal

@@ -89,6 +89,7 @@ class TrainingModule(LightningModule):
         datamodule = getattr(self.trainer, "datamodule", None)
         if isinstance(datamodule, ChatDataModule):
             check_agreement(self.config, datamodule)
+        self._walk_in_step(self.trainer.world_size > 1)
         if self.trainer.precision == "64-true":
             self.double()  # Lightning does so only after it has loaded a checkpoint, whose weights it would round
 
@@ -99,10 +100,15 @@ class TrainingModule(LightningModule):
             return
         if isinstance(self.trainer.strategy, ShardedStrategy):
             self.trainer.strategy.check_weights = self.check_weights
-        shared = [shared_parameters(self.net, teacher) for teacher in self._teachers]
+        self.to_shards(sharding)
+
+    def to_shards(self, sharding: Sharding) -> None:
+        """Shard the model and its teacher; what they share is still in memory once."""
+        shared = [_shared_parameters(self.net, teacher) for teacher in self._teachers]
         self.shard(sharding)
         for teacher, names in zip(self._teachers, shared, strict=True):
             share_shards(self.net, teacher, names)
+        scatter_all((self, *self._teachers))
 
     def shard(self, sharding: Sharding) -> None:
         """Shard all weights: those of a layer are gathered while it runs, all others while a step runs."""
@@ -250,12 +256,18 @@ class TrainingModule(LightningModule):
         return self.text(question.prompt[begin:end]).removeprefix("user\n").strip()
 
     def _gather(self) -> None:
+        self._walk_in_step(False)
         if is_sharded(self.net):
             gather_all((self, *self._teachers))
 
     def _scatter(self) -> None:
+        self._walk_in_step(self.trainer.world_size > 1)
         if is_sharded(self.net):
             scatter_all((self, *self._teachers))
+
+    def _walk_in_step(self, in_step: bool) -> None:
+        for net in (self.net, *self._teachers):
+            net.in_step = in_step
 
     def _tokenizer(self) -> Any:
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -310,7 +322,7 @@ def embedded(net: VisionLanguageModel, inputs: Mapping[str, Any]) -> tuple[Tenso
     return embeds, positions
 
 
-def shared_parameters(net: VisionLanguageModel, teacher: VisionLanguageModel) -> list[str]:
+def _shared_parameters(net: VisionLanguageModel, teacher: VisionLanguageModel) -> list[str]:
     """Names of the model's parameters that are its teacher's own."""
     theirs = {id(parameter) for parameter in teacher.parameters()}
     return [name for name, parameter in net.named_parameters() if id(parameter) in theirs]
@@ -319,7 +331,7 @@ def shared_parameters(net: VisionLanguageModel, teacher: VisionLanguageModel) ->
 def _check_shared(saved: Mapping[str, Tensor], net: VisionLanguageModel, teacher: VisionLanguageModel) -> None:
     """Raise ConfigError if a checkpoint would change what the model shares with its teacher."""
     own = dict(net.named_parameters())
-    names = [name for name in shared_parameters(net, teacher) if f"net.{name}" in saved]
+    names = [name for name in _shared_parameters(net, teacher) if f"net.{name}" in saved]
     pairs = ((_local(saved[f"net.{name}"]), _local(own[name])) for name in names)
     differ = [float(not torch.equal(theirs.to(mine), mine)) for theirs, mine in pairs]
     counts = summed(torch.tensor(differ, dtype=torch.float64, device=net.lm_head_weight.device))  # over all shards

@@ -158,7 +158,7 @@ class _Planner(DefaultLoadPlanner):
 class _Reader(FileSystemReader):
     """Reads the index without pickled code."""
 
-    def read_metadata(self, rank: int | None = None) -> Metadata:  # type: ignore[override]  # of one folder
+    def read_metadata(self, rank: int | None = None) -> Metadata:
         return _read_index(Path(self.path))
 
 

@@ -1,0 +1,131 @@
+"""FSDP2: two processes with shards train what one process trains with their batches together, in every stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cli_runs
+import pytest
+import sharded_runs
+import torch
+from safetensors.torch import load_file
+
+from hybridvl.cli import main
+from hybridvl.training.checkpoint_io import read_checkpoint
+from hybridvl.training.sharded_checkpoint import is_sharded_checkpoint
+
+STUDENT = {"pattern": "swa gdn mamba2", "mixers": {"swa": {"window": 8}}}
+LORA = {"rank": 2, "targets": ["mixers"], "projections": ["q_proj", "v_proj", "o_proj"]}
+
+# With AdamW's usual eps, the rounding of a gradient that is nearly zero moves its weight by the learning rate.
+PLAIN = {"lr": 0.003, "warmup_steps": 2, "eps": 0.001}
+
+# Every stage with clipping, which all gradients of a step have a part in, and accumulation for one of each kind.
+FITS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "supervised": ("supervised", {"net": None}, "accumulate_grad_batches: 2, gradient_clip_val: 0.5"),
+    "float32": ("supervised", {"net": None, "optimizer": PLAIN}, "precision: 32-true, gradient_clip_val: 0.5"),
+    "layers": ("layers", {"loss": "relative_mse"}, "accumulate_grad_batches: 2, gradient_clip_val: 0.05"),
+    "mixers": ("layers", {"loss": "mse", "match": "mixer"}, "gradient_clip_val: 0.05"),
+    "logits": ("logits", {"divergence": "reverse", "cross_entropy": 0.3}, "gradient_clip_val: 0.05"),
+    "decoder": ("logits", {"train_only": None, "freeze": ["vision"]}, "gradient_clip_val: 0.05"),
+    "lora": ("supervised", {"lora": LORA}, "gradient_clip_val: 0.05"),
+}
+
+
+def _recipe(root: Path, name: str, devices: int) -> str:
+    stage, model, trainer = FITS[name]
+    teacher = str(root / "runs/teacher/version_0/model")
+    if stage != "supervised":
+        model = {**model, "student": {"teacher": teacher, **STUDENT}}
+    elif "net" in model:
+        model = {**model, "net": {**cli_runs.RECIPE["model"]["net"], "tie_embeddings": name != "float32"}}
+    else:
+        model = {**model, "source": teacher}
+    precision = "" if "precision" in trainer else "precision: 64-true, "
+    size = 4 // devices
+    text = (
+        f"trainer: {{devices: {devices}, strategy: {'auto' if devices == 1 else 'fsdp2'}, {precision}"
+        f"max_steps: 5, val_check_interval: 5, {trainer}}}\n"
+        f"data: {{batch_size: {size}, eval_batch_size: {size}, task: {{init_args: {{val_pages: 7}}}}}}\n"
+        f"run: {{test: {str(name == 'supervised').lower()}, version: by_{devices}}}"
+    )
+    return str(cli_runs.stage_recipe(root, stage, model, name, text))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All fits by one process, and then, by two processes that stay, by two."""
+    root = tmp_path_factory.mktemp("sharded")
+    teacher = cli_runs.recipe(root, "teacher", "run: {test: false}\ntrainer: {max_steps: 3, val_check_interval: 3}")
+    assert main(["fit", "--config", str(teacher), "--model.net.pattern", "full*3"]) == 0
+    for name in FITS:
+        assert main(["fit", "--config", _recipe(root, name, 1)]) == 0
+    fits = [["fit", "--config", _copy(_recipe(root, name, 2))] for name in FITS]
+    # The same fit again, ended after three steps and gone on with.
+    supervised = _copy(_recipe(root, "supervised", 2))
+    resumed = ["fit", "--config", supervised, "--run.version", "resumed", "--run.test", "false"]
+    schedule = ["--model.optimizer.total_steps", "5"]
+    last = str(root / "runs/supervised/resumed/checkpoints/last.ckpt")
+    fits += [[*resumed, *schedule, "--trainer.max_steps", "3"], [*resumed, *schedule, "--ckpt_path", last]]
+    for done in sharded_runs.two_processes(fits):
+        assert done.returncode == 0, done.stderr
+        assert "sync_dist" not in done.stderr
+    return root
+
+
+def _copy(recipe: str) -> str:
+    """The recipe under another name, which the next one of that name does not replace."""
+    path = Path(recipe)
+    return str(path.rename(path.with_name(f"{path.stem}_by_2.yaml")))
+
+
+def _both(root: Path, name: str) -> tuple[Path, Path]:
+    return root / "runs" / name / "by_1", root / "runs" / name / "by_2"
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_two_processes_train_what_one_trains_with_their_batches_together(root: Path, name: str) -> None:
+    one, two = _both(root, name)
+    relative = 1e-5 if name == "float32" else 1e-9
+    assert is_sharded_checkpoint(two / "checkpoints/last.ckpt")
+    ends = [read_checkpoint(path / "checkpoints/last.ckpt") for path in (one, two)]
+    assert ends[0]["global_step"] == ends[1]["global_step"] == 5
+    # The weights, and the model that was put together of them; the first moments are means of gradients, which may
+    # differ where weights do not yet.
+    weights = [end["state_dict"] for end in ends], [load_file(path / "model/model.safetensors") for path in (one, two)]
+    for alone, together in weights:
+        assert alone.keys() == together.keys()
+        for key, weight in alone.items():
+            assert together[key].dtype == weight.dtype == (torch.float32 if name == "float32" else torch.float64)
+            torch.testing.assert_close(
+                together[key], weight, rtol=0, atol=relative * float(weight.abs().max()), msg=f"{key}"
+            )
+    states = [end["optimizer_states"][0] for end in ends]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    assert states[0]["state"].keys() == states[1]["state"].keys()
+    assert len(states[0]["state"]) > 10
+    for number, state in states[0]["state"].items():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            largest = float(state[moment].abs().max())
+            torch.testing.assert_close(
+                states[1]["state"][number][moment], state[moment], rtol=0, atol=20 * relative * largest
+            )
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_metrics_are_those_of_all_processes(root: Path, name: str) -> None:
+    one, two = (json.loads((path / "metrics.json").read_text()) for path in _both(root, name))
+    assert one["metrics"].keys() == two["metrics"].keys()
+    for key, value in one["metrics"].items():
+        assert two["metrics"][key] == pytest.approx(value, rel=1e-5), key
+    facts = ("tokens", "samples", "steps", "parameters", "trainable_parameters")
+    assert [one[fact] for fact in facts] == [two[fact] for fact in facts]
+
+
+def test_a_resume_is_the_uninterrupted_fit_to_the_last_bit(root: Path) -> None:
+    runs = root / "runs/supervised"
+    ends = [read_checkpoint(runs / run / "checkpoints/last.ckpt") for run in ("by_2", "resumed")]
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "ChatDataModule"):
+        assert cli_runs.differences(ends[0][part], ends[1][part]) == [], part

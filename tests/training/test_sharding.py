@@ -1,0 +1,72 @@
+"""Shards of weights: batches without images, dtypes, and what lies in memory, in two processes."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pairs
+import pytest
+import sharded_work
+import tiny
+import torch
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both processes found."""
+    folder = tmp_path_factory.mktemp("sharding")
+    pairs.folder(folder / "teacher", tiny.net("full*3"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(sharded_work.run, (port, str(folder)), nprocs=sharded_work.WORLD)
+    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(sharded_work.WORLD)]
+
+
+def test_one_process_without_images_changes_nothing(found: list[dict[str, Any]]) -> None:
+    module = tiny.module().double()
+    losses = [module.token_loss(batch) for batch in (sharded_work.image_batch(), sharded_work.text_batch())]
+    counts = [hits.numel() for _, hits in losses]
+    (sum(loss * count for (loss, _), count in zip(losses, counts, strict=True)) / sum(counts)).backward()
+    wanted = {name: p.grad for name, p in module.net.named_parameters()}
+    assert any(name.startswith("visual.blocks") for name in wanted)
+    for process in found:
+        assert process["mixed_batches"].keys() == wanted.keys()
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(process["mixed_batches"][name], gradient, rtol=1e-9, atol=1e-12, msg=name)
+
+
+def test_what_is_precise_stays_so_under_bf16_mixed(found: list[dict[str, Any]]) -> None:
+    for process in found:
+        seen = process["dtypes"]
+        assert set(seen["kept"].values()) == {(torch.float32, torch.float32)}
+        assert seen["moments"] == {torch.float32}
+        computed = seen["computed"]
+        # The embeddings and the vision tower's ends are gathered too, but in no layer.
+        layers = {name: dtype for name, dtype in computed.items() if name.startswith("decoder.layers.")}
+        linear = {name for name, dtype in layers.items() if dtype == torch.bfloat16}
+        leaves = {name.split(".mixer.")[-1].split(".mlp.")[-1] for name in linear}
+        assert {"q_proj.weight", "o_proj.weight", "in_proj.weight", "a_proj.weight", "down_proj.weight"} <= leaves
+        precise = {name.rpartition(".mixer.")[2] for name in layers.keys() - linear}
+        assert {"A_log", "dt_bias", "D", "o_norm.weight", "norm.weight", "conv1d.weight"} <= precise
+        assert not any("norm" in name or "conv" in name for name in linear)
+        assert {dtype for name, dtype in layers.items() if name not in linear} == {torch.float32}
+
+
+def test_the_loss_under_bf16_mixed_is_that_of_one_process(found: list[dict[str, Any]]) -> None:
+    module = tiny.module("(swa gdn) mamba2")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = float(module.token_loss(tiny.batch()).loss.detach())
+    assert [process["dtypes"]["loss"] for process in found] == [pytest.approx(loss, rel=1e-6)] * 2
+
+
+def test_each_process_holds_its_share_of_student_and_teacher(found: list[dict[str, Any]]) -> None:
+    for process in found:
+        sizes = process["local_bytes"]
+        for stage in ("LayerDistillation", "LogitDistillation"):
+            # What both models share is in memory once, as before; rows that cannot be halved cost a little.
+            assert sizes[f"{stage} sharded"] == pytest.approx(sizes[f"{stage} whole"] / 2, rel=0.02)
+    first, second = (process["local_bytes"]["LogitDistillation put together"] for process in found)
+    assert second == 0 < first
