@@ -36,7 +36,7 @@ def _stages() -> list[dict[str, Any]]:
 
 
 def test_the_blocks_are_found() -> None:
-    assert [block.get("run", {}).get("stage") for block in _stages()] == ["layers", "logits", None]
+    assert [block.get("run", {}).get("stage") for block in _stages()] == ["layers", "logits", None, None]
     assert len(COMMANDS) == 6
 
 
@@ -50,10 +50,12 @@ def test_the_settings_of_a_stage_exist(
     recipe.write_text(yaml.safe_dump({**block, "trainer": {"max_steps": 1}}))
     assert main(["fit", "--config", str(recipe), "--print_config"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)["model"]
-    assert {key: printed[key] for key in block["model"] if key not in ("student", "net")} == {
-        key: value for key, value in block["model"].items() if key not in ("student", "net")
+    parts = ("student", "net", "lora")
+    assert {key: printed[key] for key in block["model"] if key not in parts} == {
+        key: value for key, value in block["model"].items() if key not in parts
     }
-    assert block["model"].get("student", {}).items() <= printed.get("student", {}).items()
+    for part in ("student", "lora"):
+        assert block["model"].get(part, {}).items() <= (printed.get(part) or {}).items()
 
 
 def test_the_pipeline(tmp_path: Path) -> None:
