@@ -58,19 +58,42 @@ def linear_divergence(
     Raises:
         ConfigError: another kind, a temperature or chunk that is not positive, sizes that do not fit together.
     """
-    if kind not in _MEASURES:
+    check_kind(kind, temperature)
+    _check_sizes(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    chunks = chunk_sizes(student_hidden.device, token_chunk, vocab_chunk)
+    precise = precise_dtype(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    tiles = slices(student_weight.shape[0], chunks[1])
+    shape = min(chunks[0], student_hidden.shape[0]), student_weight.shape[0]
+    memory = teacher_hidden.new_empty(shape, dtype=precise)
+
+    def measured(rows: slice, log_q: Tensor) -> Tensor:
+        log_p = memory[: rows.stop - rows.start]  # (C, V)
+        log_probabilities(teacher_hidden[rows], teacher_weight, temperature, tiles, log_p)
+        value, centre = _measured(MEASURES[kind], log_q, log_p, tiles)
+        if centre is not None:
+            for tile in tiles:
+                log_q[:, tile].addcmul_(log_p[:, tile], centre, value=-1)
+        return value
+
+    return swept(student_hidden, student_weight, measured, temperature, chunks, precise)
+
+
+def check_kind(kind: str, temperature: float) -> None:
+    """Raise ConfigError unless both are possible."""
+    if kind not in DIVERGENCES:
         raise ConfigError(f"divergence: {kind!r}; expected one of {', '.join(DIVERGENCES)}")
     if not 0 < temperature < math.inf:
         raise ConfigError(f"temperature: {temperature!r}; expected a finite number above 0")
-    usual = _ON_CPU if student_hidden.device.type == "cpu" else _ELSEWHERE
-    token_chunk = usual[0] if token_chunk is None else token_chunk
-    vocab_chunk = usual[1] if vocab_chunk is None else vocab_chunk
-    for name, chunk in (("token_chunk", token_chunk), ("vocab_chunk", vocab_chunk)):
-        if chunk < 1:
+
+
+def chunk_sizes(device: torch.device, tokens: int | None, vocabulary: int | None) -> tuple[int, int]:
+    """How many tokens have logits at a time and how many columns a tile has: as given, or as suits the device."""
+    given = {"token_chunk": tokens, "vocab_chunk": vocabulary}
+    for name, chunk in given.items():
+        if chunk is not None and chunk < 1:
             raise ConfigError(f"{name}: {chunk!r}; expected a whole number of at least 1")
-    _check_sizes(student_hidden, student_weight, teacher_hidden, teacher_weight)
-    settings = _Settings(_MEASURES[kind], temperature, token_chunk, vocab_chunk, torch.is_grad_enabled())
-    return _LinearDivergence.apply(student_hidden, student_weight, teacher_hidden, teacher_weight, settings)
+    usual = _ON_CPU if device.type == "cpu" else _ELSEWHERE
+    return usual[0] if tokens is None else tokens, usual[1] if vocabulary is None else vocabulary
 
 
 def _check_sizes(
@@ -127,50 +150,63 @@ def _jensen_shannon(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor | None
     return from_teacher * 0.5 + from_student, from_student
 
 
-_MEASURES: dict[str, _Measure] = dict(zip(DIVERGENCES, (_forward_kl, _reverse_kl, _jensen_shannon), strict=True))
+MEASURES: dict[str, _Measure] = dict(zip(DIVERGENCES, (_forward_kl, _reverse_kl, _jensen_shannon), strict=True))
+"""How `_Measure` is done for each of `DIVERGENCES`."""
+
+
+Measured = Callable[[slice, Tensor], Tensor]
+"""From some of the tokens and the student's log probabilities at those, (C, V), to the sum of their divergences, ().
+
+What is left in the memory of the log probabilities is its gradient with respect to the student's logits."""
+
+
+def swept(
+    hidden: Tensor, weight: Tensor, measured: Measured, temperature: float, chunks: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """The mean over N tokens of a divergence of softmax(hidden @ weight.T / temperature), times temperature ** 2.
+
+    hidden (N, D) and weight (V, D) get gradients, computed in the same sweep. `chunks` are tokens that have logits at a
+    time and columns of a tile; what is not a product is in `dtype`.
+    """
+    return _Swept.apply(hidden, weight, _Settings(measured, temperature, *chunks, dtype, torch.is_grad_enabled()))
+
+
+def precise_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 if one of the tensors is."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
 @dataclass(frozen=True)
 class _Settings:
-    measure: _Measure
+    measured: Measured
     temperature: float
     token_chunk: int
     vocab_chunk: int
+    dtype: torch.dtype
     differentiate: bool
 
-    def tiles(self, vocabulary: int) -> list[slice]:
-        return [slice(start, start + self.vocab_chunk) for start in range(0, vocabulary, self.vocab_chunk)]
 
-
-class _LinearDivergence(torch.autograd.Function):
+class _Swept(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, settings: _Settings
-    ) -> Tensor:
-        precise = torch.float32
-        for tensor in (hidden, weight, teacher_hidden, teacher_weight):
-            precise = torch.promote_types(precise, tensor.dtype)
-        tokens, tiles = hidden.shape[0], settings.tiles(weight.shape[0])
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, settings: _Settings) -> Tensor:
+        tokens, tiles = hidden.shape[0], slices(weight.shape[0], settings.vocab_chunk)
         want_hidden, want_weight = (settings.differentiate and ctx.needs_input_grad[i] for i in (0, 1))
-        grad_hidden = torch.zeros(hidden.shape, dtype=precise, device=hidden.device) if want_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=precise, device=weight.device) if want_weight else None
-        total = torch.zeros((), dtype=precise, device=hidden.device)
-        memory = hidden.new_empty((2, min(settings.token_chunk, tokens), weight.shape[0]), dtype=precise)
-        for start in range(0, tokens, settings.token_chunk):
-            rows = slice(start, min(start + settings.token_chunk, tokens))
-            q, p = memory[:, : rows.stop - rows.start]  # (C, V): log probabilities, then the gradient
-            _log_probabilities(hidden[rows], weight, settings.temperature, tiles, q)
-            _log_probabilities(teacher_hidden[rows], teacher_weight, settings.temperature, tiles, p)
-            value, centre = _measured(settings.measure, q, p, tiles)
-            total += value
+        grad_hidden = torch.zeros_like(hidden, dtype=settings.dtype) if want_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=settings.dtype) if want_weight else None
+        total = hidden.new_zeros((), dtype=settings.dtype)
+        memory = hidden.new_empty((min(settings.token_chunk, tokens), weight.shape[0]), dtype=settings.dtype)
+        for rows in slices(tokens, settings.token_chunk):
+            residual = memory[: rows.stop - rows.start]  # (C, V): log probabilities, then the gradient
+            log_probabilities(hidden[rows], weight, settings.temperature, tiles, residual)
+            total += settings.measured(rows, residual)
             for tile in tiles if want_hidden or want_weight else ():
-                residual = q[:, tile]
-                if centre is not None:
-                    residual.addcmul_(p[:, tile], centre, value=-1)
                 if grad_hidden is not None:
-                    _add_product(grad_hidden[rows], residual.to(weight.dtype), weight[tile])
+                    _add_product(grad_hidden[rows], residual[:, tile].to(weight.dtype), weight[tile])
                 if grad_weight is not None:
-                    _add_product(grad_weight[tile], residual.to(hidden.dtype).T, hidden[rows])
+                    _add_product(grad_weight[tile], residual[:, tile].to(hidden.dtype).T, hidden[rows])
         ctx.scale = settings.temperature / max(tokens, 1)
         ctx.hidden_dtype, ctx.weight_dtype = hidden.dtype, weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -185,7 +221,12 @@ class _LinearDivergence(torch.autograd.Function):
         scale = grad * ctx.scale
         to_hidden = None if grad_hidden is None else scaled(grad_hidden, scale).to(ctx.hidden_dtype)
         to_weight = None if grad_weight is None else scaled(grad_weight, scale).to(ctx.weight_dtype)
-        return to_hidden, to_weight, None, None, None
+        return to_hidden, to_weight, None
+
+
+def slices(size: int, chunk: int) -> list[slice]:
+    """0 .. size - 1 in pieces of a chunk, the last one perhaps smaller."""
+    return [slice(start, min(start + chunk, size)) for start in range(0, size, chunk)]
 
 
 def _graph_is_kept() -> bool:
@@ -202,7 +243,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-def _log_probabilities(hidden: Tensor, weight: Tensor, temperature: float, tiles: Sequence[slice], out: Tensor) -> None:
+def log_probabilities(hidden: Tensor, weight: Tensor, temperature: float, tiles: Sequence[slice], out: Tensor) -> None:
     """Write log_softmax(hidden (C, D) @ weight.T / temperature) to out (C, V), tile by tile."""
     largest = out.new_full((out.shape[0], 1), -math.inf)
     total = torch.zeros_like(largest)  # of exp(logit - largest)
