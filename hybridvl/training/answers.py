@@ -91,14 +91,9 @@ def split_questions(
     merge: patches per such token, that is, spatial_merge_size squared.
     """
     kinds = iter(batch.get("answer_kinds") or ())
-    images = _Visuals(image_token_id, merge, batch.get("pixel_values"), batch.get("image_grid_thw"))
-    videos = _Visuals(
-        *(video_token_id, merge, batch.get("pixel_values_videos"), batch.get("video_grid_thw")),
-        batch.get("second_per_grid_ts"),
-    )
     questions = []
-    for number, (tokens, labels) in enumerate(_samples(batch)):
-        own_images, own_videos = images.take(tokens), videos.take(tokens)
+    parts = _parts(batch, image_token_id, merge, video_token_id)
+    for number, (tokens, labels, own_images, own_videos) in enumerate(parts):
         for start, end in _spans(labels):
             prompt = tokens[:start]
             pixels, grid, _ = own_images.within(prompt)
@@ -107,6 +102,18 @@ def split_questions(
                 Question(*(prompt, tokens[start:end], pixels, grid, next(kinds, ""), number), clip, clip_grid, seconds)
             )
     return questions
+
+
+def sample_parts(
+    batch: Mapping[str, Any], image_token_id: int | None, merge: int = 1, video_token_id: int | None = None
+) -> Iterator[tuple[Tensor | None, ...]]:
+    """Everything that each sample of a batch consists of, however it is batched, in order.
+
+    Tokens (T,) and labels (T,), padding left out, the pixels and grids of its images, None without any, and the pixels,
+    grids and seconds of its videos. The other arguments are those of `split_questions`.
+    """
+    for tokens, labels, images, videos in _parts(batch, image_token_id, merge, video_token_id):
+        yield tokens, labels, images.pixels, images.grid, videos.pixels, videos.grid, videos.seconds
 
 
 @dataclass
@@ -138,6 +145,19 @@ class _Visuals:
         number = _covering(tuple(int(size) // self.merge for size in self.grid.prod(-1)), count)
         seconds = None if self.seconds is None else self.seconds[:number]
         return self.pixels[: count * self.merge], self.grid[:number], seconds
+
+
+def _parts(
+    batch: Mapping[str, Any], image_token_id: int | None, merge: int, video_token_id: int | None
+) -> Iterator[tuple[Tensor, Tensor, _Visuals, _Visuals]]:
+    """Tokens, labels, images and videos of each sample."""
+    images = _Visuals(image_token_id, merge, batch.get("pixel_values"), batch.get("image_grid_thw"))
+    videos = _Visuals(
+        *(video_token_id, merge, batch.get("pixel_values_videos"), batch.get("video_grid_thw")),
+        batch.get("second_per_grid_ts"),
+    )
+    for tokens, labels in _samples(batch):
+        yield tokens, labels, images.take(tokens), videos.take(tokens)
 
 
 def _covering(sizes: tuple[int, ...], total: int) -> int:

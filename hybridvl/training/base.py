@@ -225,11 +225,7 @@ class TrainingModule(LightningModule):
 
     def questions(self, batch: Batch) -> list[Question]:
         """The batch as single questions."""
-        vision = self.config.vision
-        if vision is None:
-            return split_questions(batch, None)
-        merge = vision.spatial_merge_size**2
-        return split_questions(batch, self.config.image_token_id, merge, self.config.video_token_id)
+        return split_questions(batch, *visual_tokens(self.config))
 
     def replies(self, questions: Sequence[Question]) -> list[str]:
         """Greedy replies as text."""
@@ -291,6 +287,13 @@ def check_positive(name: str, value: int) -> None:
     """Raise ConfigError unless model.NAME is a positive number of tokens."""
     if value < 1:
         raise ConfigError(f"model.{name}: {value!r} is not a positive number of tokens")
+
+
+def visual_tokens(net: ModelConfig) -> tuple[int | None, int, int | None]:
+    """What tells which tokens of a batch show images and videos: see `split_questions`."""
+    if net.vision is None:
+        return None, 1, None
+    return net.image_token_id, net.vision.spatial_merge_size**2, net.video_token_id
 
 
 def causal_inputs(batch: Batch) -> dict[str, Any]:

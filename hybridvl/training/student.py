@@ -82,9 +82,28 @@ def build_pair(
             (width, vocabulary, vision tower) are not the teacher's, a name that means no parameter, or "mixers:new"
             where no layer differs.
     """
+    student, replaced = build_student(config, seed, train_only, freeze)
+    with within(f"{PLACE}.teacher"):
+        teacher = load(config.teacher).requires_grad_(False)
+    _share(teacher, student)
+    # Master weights: what is trained moves by less than a step of bfloat16. Shared parameters are cast once, in place.
+    student.float()
+    teacher.float()
+    return Pair(teacher.eval(), student.train(), replaced)
+
+
+def build_student(
+    config: StudentConfig,
+    seed: int,
+    train_only: Sequence[str] | None = (NEW_MIXERS,),
+    freeze: Sequence[str] = (),
+) -> tuple[VisionLanguageModel, tuple[int, ...]]:
+    """The student of a stage in the dtype of its files, in train mode, and which of its layers are replaced.
+
+    Arguments and errors are those of `build_pair`; of the teacher only what the student takes over is read.
+    """
     with within(f"{PLACE}.teacher"):
         checkpoint = open_checkpoint(config.teacher)
-        teacher = load(config.teacher).requires_grad_(False)
     net, source = checkpoint.config, checkpoint
     if config.source is not None:
         with within(f"{PLACE}.source"):
@@ -94,15 +113,24 @@ def build_pair(
     replaced = replaced_layers(student.config, net)
     if not replaced and NEW_MIXERS in (train_only or ()):
         raise ConfigError(
-            f"{PLACE}.pattern: {student.pattern!r} has no layer that differs from the teacher's {teacher.pattern!r}; "
+            f"{PLACE}.pattern: {student.pattern!r} has no layer that differs from the teacher's {net.pattern!r}; "
             "expected at least one"
         )
     choose_trained(student, train_only, freeze, replaced)
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.clone()  # it may be mapped from a file
+    return student.train(), replaced
+
+
+def load_teacher(config: StudentConfig, student: VisionLanguageModel) -> VisionLanguageModel:
+    """The teacher of a student that was built without, where that is and in its dtype; both share what is equal."""
+    with within(f"{PLACE}.teacher"):
+        teacher = load(config.teacher).requires_grad_(False)
+    like = student.lm_head_weight
+    teacher.float().to(like.device, like.dtype)
     _share(student, teacher)
-    # Master weights: what is trained moves by less than a step of bfloat16. Shared parameters are cast once, in place.
-    student.float()
-    teacher.float()
-    return Pair(teacher.eval(), student.train(), replaced)
+    return teacher.eval()
 
 
 def student_net(config: StudentConfig, teacher: ModelConfig) -> ModelConfig:
@@ -128,13 +156,13 @@ def _student(config: StudentConfig, teacher: ModelConfig, source: Checkpoint, se
         return dataclasses.replace(conversion, config=made).model(seed, pass_convs=config.pass_convs)
 
 
-def _share(student: VisionLanguageModel, teacher: VisionLanguageModel) -> None:
-    """Put the teacher's parameters in the place of the student's frozen, equal ones; copy what is trained."""
-    theirs = dict(teacher.named_parameters())
-    for name, parameter in list(student.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
-        same = theirs.get(name)
-        if parameter.requires_grad:
-            parameter.data = parameter.data.clone()  # it may be mapped from a file
-        elif same is not None and same.dtype == parameter.dtype and torch.equal(same, parameter):
-            setattr(student.get_submodule(owner), leaf, same)
+def _share(owner: VisionLanguageModel, other: VisionLanguageModel) -> None:
+    """Put one model's parameters in the place of the other's where both are frozen and equal."""
+    owned = dict(owner.named_parameters())
+    for name, parameter in list(other.named_parameters()):
+        module, _, leaf = name.rpartition(".")
+        same = owned.get(name)
+        if same is None or same.requires_grad or parameter.requires_grad or same.dtype != parameter.dtype:
+            continue
+        if torch.equal(same, parameter):
+            setattr(other.get_submodule(module), leaf, same)
