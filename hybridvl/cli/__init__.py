@@ -30,6 +30,7 @@ _COMMANDS = {
     "pipeline": _Command("hybridvl.cli.pipeline", (), "run the stages of a pipeline, skipping what is done"),
     "generate": _Command("hybridvl.cli.generate", (), "reply to prompts about images and videos"),
     "convert": _Command("hybridvl.cli.convert", (), "turn a checkpoint into a model of another layer pattern"),
+    "export": _Command("hybridvl.cli.export", (), "turn a checkpoint of a run, sharded or not, into a model folder"),
     "plan": _Command("hybridvl.cli.plan", (), "parameters, FLOPs and state bytes of layer patterns, side by side"),
     "bench": _Command("hybridvl.cli.bench", (), "operators and models timed in turns with peers, results compared"),
     "doctor": _Command("hybridvl.cli.doctor", (), "versions, devices, and which operator backends are used"),

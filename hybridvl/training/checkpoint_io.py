@@ -49,16 +49,17 @@ class AtomicCheckpointIO(CheckpointIO):
             Path(path).unlink(missing_ok=True)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, optimizers: bool = True) -> dict[str, Any]:
     """The contents of a checkpoint, on the CPU: a file, or a folder of shards, which are put together.
 
-    ConfigError when it is missing, damaged, or holds code.
+    optimizers: whether "optimizer_states" are needed; those of a folder are left on the disk if not. ConfigError when
+    it is missing, damaged, or holds code.
     """
     path = Path(path)
     if is_sharded_checkpoint(path):
-        return read_whole(path)
+        return read_whole(path, optimizers)
     if not path.is_file():
-        raise ConfigError(f"checkpoint {path}: no such file")
+        raise ConfigError(f"checkpoint {path}: {'a folder, but no checkpoint' if path.is_dir() else 'no such file'}")
     try:
         with warnings.catch_warnings():
             # Said of every pickle that torch did not write; those are refused below if they hold objects.

@@ -165,6 +165,11 @@ class Adapters:
         return ((name, layer) for name, layer in self._net.named_modules() if isinstance(layer, LoraLayer))
 
 
+def adapter_settings(checkpoint: Mapping[str, Any]) -> LoraSettings | None:
+    """Those of the adapters that a checkpoint holds; None if it holds none."""
+    return LoraSettings(**checkpoint[_KEY]["settings"]) if _KEY in checkpoint else None
+
+
 def refuse_adapters(checkpoint: Mapping[str, Any]) -> None:
     """Raise ConfigError if a checkpoint holds adapters."""
     if _KEY in checkpoint:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,7 +30,8 @@ from hybridvl.training.sharding import Sharding
 FSDP2 = "fsdp2"
 """The name by which `trainer.strategy` asks for it."""
 
-_COMPUTE = {"bf16-mixed": torch.bfloat16}
+# Precisions, and the dtype in which linear maps are gathered where that is not their own.
+_COMPUTE = {"64-true": None, "32-true": None, "bf16-mixed": torch.bfloat16, "bf16-true": None}
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,11 @@ class ShardedStrategy(ModelParallelStrategy):
     Checkpoints are folders in shards, as `ModelParallelStrategy` has them, whole or not there. A checkpoint that was
     written as one file is gone on with too.
     """
+
+    def __init__(
+        self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout)
 
     check_weights: Callable[[Mapping[str, Tensor]], None] = staticmethod(lambda weights: None)
     """Raises an error for weights that are not to be taken; set by who knows."""
@@ -101,16 +109,19 @@ class ShardedStrategy(ModelParallelStrategy):
 
 
 def sharding_of(trainer: Trainer) -> Sharding | None:
-    """How the trainer's strategy shards; None for a strategy that does not, ConfigError for what it cannot do."""
+    """How the trainer's strategy shards; None for a strategy that does not.
+
+    ConfigError for a precision that goes with no shards, and for strategies whose wrapper the stages would go past.
+    """
     strategy = trainer.strategy
-    if not isinstance(strategy, ModelParallelStrategy):
-        return None
-    mesh, other = (strategy.device_mesh[name] for name in ("data_parallel", "tensor_parallel"))
-    if other.size() > 1:
-        raise ConfigError(
-            f"trainer.strategy: tensor_parallel_size {other.size()}; expected 1, such as {FSDP2!r} has it"
-        )
-    return Sharding(mesh, _COMPUTE.get(str(trainer.precision)))
+    if isinstance(strategy, ShardedStrategy):
+        if trainer.precision not in _COMPUTE:
+            known = ", ".join(_COMPUTE)
+            raise ConfigError(f"trainer.precision: {trainer.precision!r}; {FSDP2} takes one of {known}")
+        return Sharding(strategy.device_mesh["data_parallel"], _COMPUTE[trainer.precision])
+    if isinstance(strategy, ModelParallelStrategy | FSDPStrategy | DeepSpeedStrategy):
+        raise ConfigError(f"trainer.strategy: {type(strategy).__name__}; expected auto, ddp or {FSDP2}")
+    return None
 
 
 def _named(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:

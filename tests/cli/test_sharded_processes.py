@@ -16,7 +16,7 @@ from hybridvl.cli import main
 from hybridvl.training.checkpoint_io import read_checkpoint
 from hybridvl.training.sharded_checkpoint import is_sharded_checkpoint
 
-STUDENT = {"pattern": "swa gdn mamba2", "mixers": {"swa": {"window": 8}}}
+STUDENT = {"pattern": "swa gdn mamba2", "mixers": {"swa": {"window": 8}}, "activation_checkpointing": True}
 LORA = {"rank": 2, "targets": ["mixers"], "projections": ["q_proj", "v_proj", "o_proj"]}
 
 # With AdamW's usual eps, the rounding of a gradient that is nearly zero moves its weight by the learning rate.
@@ -40,7 +40,9 @@ def _recipe(root: Path, name: str, devices: int) -> str:
     if stage != "supervised":
         model = {**model, "student": {"teacher": teacher, **STUDENT}}
     elif "net" in model:
-        model = {**model, "net": {**cli_runs.RECIPE["model"]["net"], "tie_embeddings": name != "float32"}}
+        other = name == "float32"
+        net = {**cli_runs.RECIPE["model"]["net"], "tie_embeddings": not other, "activation_checkpointing": other}
+        model = {**model, "net": net}
     else:
         model = {**model, "source": teacher}
     precision = "" if "precision" in trainer else "precision: 64-true, "
@@ -49,7 +51,9 @@ def _recipe(root: Path, name: str, devices: int) -> str:
         f"trainer: {{devices: {devices}, strategy: {'auto' if devices == 1 else 'fsdp2'}, {precision}"
         f"max_steps: 5, val_check_interval: 5, {trainer}}}\n"
         f"data: {{batch_size: {size}, eval_batch_size: {size}, task: {{init_args: {{val_pages: 7}}}}}}\n"
-        f"run: {{test: {str(name == 'supervised').lower()}, version: by_{devices}}}"
+        f"run: {{test: {str(name == 'supervised').lower()}, version: by_{devices}}}\n"
+        # The weights that the fit ends with are not its last ones.
+        f"checkpoints: {{monitor: {'val/loss' if name == 'supervised' else 'null'}, mode: max}}"
     )
     return str(cli_runs.stage_recipe(root, stage, model, name, text))
 
@@ -63,22 +67,28 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in FITS:
         assert main(["fit", "--config", _recipe(root, name, 1)]) == 0
     fits = [["fit", "--config", _copy(_recipe(root, name, 2))] for name in FITS]
-    # The same fit again, ended after three steps and gone on with.
-    supervised = _copy(_recipe(root, "supervised", 2))
-    resumed = ["fit", "--config", supervised, "--run.version", "resumed", "--run.test", "false"]
-    schedule = ["--model.optimizer.total_steps", "5"]
-    last = str(root / "runs/supervised/resumed/checkpoints/last.ckpt")
-    fits += [[*resumed, *schedule, "--trainer.max_steps", "3"], [*resumed, *schedule, "--ckpt_path", last]]
+    # The same fit again, ended after three steps and gone on with, by as many processes and by others.
+    first, then = ["--trainer.max_steps", "3"], ["--ckpt_path", str(root / "runs/supervised/{}/checkpoints/last.ckpt")]
+    assert main(_again(root, 1, "3_by_1", first)) == 0
+    fits += [_again(root, 2, "3_by_2", first)]
+    fits += [_again(root, 2, f"{half}_then_2", [word.format(half) for word in then]) for half in ("3_by_2", "3_by_1")]
     for done in sharded_runs.two_processes(fits):
         assert done.returncode == 0, done.stderr
         assert "sync_dist" not in done.stderr
+    assert main(_again(root, 1, "3_by_2_then_1", [word.format("3_by_2") for word in then])) == 0
     return root
+
+
+def _again(root: Path, devices: int, version: str, flags: list[str]) -> list[str]:
+    recipe = _copy(_recipe(root, "supervised", devices))
+    run = ["--run.version", version, "--run.test", "false", "--model.optimizer.total_steps", "5"]
+    return ["fit", "--config", recipe, *run, *flags]
 
 
 def _copy(recipe: str) -> str:
     """The recipe under another name, which the next one of that name does not replace."""
     path = Path(recipe)
-    return str(path.rename(path.with_name(f"{path.stem}_by_2.yaml")))
+    return str(path.rename(path.with_name(f"{path.stem}_{len(list(path.parent.iterdir()))}.yaml")))
 
 
 def _both(root: Path, name: str) -> tuple[Path, Path]:
@@ -126,6 +136,33 @@ def test_metrics_are_those_of_all_processes(root: Path, name: str) -> None:
 
 def test_a_resume_is_the_uninterrupted_fit_to_the_last_bit(root: Path) -> None:
     runs = root / "runs/supervised"
-    ends = [read_checkpoint(runs / run / "checkpoints/last.ckpt") for run in ("by_2", "resumed")]
+    ends = [read_checkpoint(runs / run / "checkpoints/last.ckpt") for run in ("by_2", "3_by_2_then_2")]
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "ChatDataModule"):
         assert cli_runs.differences(ends[0][part], ends[1][part]) == [], part
+
+
+@pytest.mark.parametrize("version", ["3_by_1_then_2", "3_by_2_then_1"])
+def test_another_strategy_goes_on_where_this_one_ended(root: Path, version: str) -> None:
+    runs = root / "runs/supervised"
+    ends = [read_checkpoint(runs / run / "checkpoints/last.ckpt") for run in ("by_1", version)]
+    assert [end["global_step"] for end in ends] == [5, 5]
+    for key, weight in ends[0]["state_dict"].items():
+        torch.testing.assert_close(
+            ends[1]["state_dict"][key], weight, rtol=0, atol=1e-9 * float(weight.abs().max()), msg=key
+        )
+
+
+def test_the_best_weights_end_up_in_the_model(root: Path) -> None:
+    for path in _both(root, "supervised"):
+        best, last = (read_checkpoint(path / "checkpoints" / f"{name}.ckpt")["state_dict"] for name in ("best", "last"))
+        model = load_file(path / "model/model.safetensors")
+        assert all(torch.equal(model[key.removeprefix("net.")], weight) for key, weight in best.items())
+        assert not all(torch.equal(last[key], weight) for key, weight in best.items())
+
+
+@pytest.mark.parametrize("name", ["logits", "lora"])
+def test_a_folder_of_shards_becomes_a_model_folder(root: Path, name: str, tmp_path: Path) -> None:
+    run = root / "runs" / name / "by_2"
+    assert main(["export", str(run / "checkpoints/last.ckpt"), "--out", str(tmp_path / "model")]) == 0
+    for file in (run / "model").iterdir():
+        assert (tmp_path / "model" / file.name).read_bytes() == file.read_bytes(), file.name

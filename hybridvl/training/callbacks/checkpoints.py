@@ -38,6 +38,11 @@ class Checkpoints(Checkpoint):
         self._saved_step = -1
         self._took_best = False
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the best score of another run that is gone on with here: its weights lie there."""
+        if not (checkpoint_folder(trainer) / BEST).exists():
+            self.best = None
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -65,9 +70,10 @@ class Checkpoints(Checkpoint):
 
     def take_best(self, trainer: Trainer) -> None:
         """Load the best weights, once; all processes must call this."""
-        if self.best is not None and not self._took_best:
+        path = checkpoint_folder(trainer) / BEST
+        if self.best is not None and not self._took_best and path.exists():
             self._took_best = True
-            best = trainer.strategy.load_checkpoint(checkpoint_folder(trainer) / BEST, weights_only=True)
+            best = trainer.strategy.load_checkpoint(path, weights_only=True)
             trainer.strategy.load_model_state_dict(best)
 
     def state_dict(self) -> dict[str, Any]:
