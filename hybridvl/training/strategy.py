@@ -48,13 +48,13 @@ class ShardedStrategy(ModelParallelStrategy):
     written as one file is gone on with too.
     """
 
+    check_weights: Callable[[Mapping[str, Tensor]], None] = staticmethod(lambda weights: None)
+    """Raises an error for weights that are not to be taken; set by who knows."""
+
     def __init__(
         self, process_group_backend: str | None = None, timeout: timedelta | None = default_pg_timeout
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout)
-
-    check_weights: Callable[[Mapping[str, Tensor]], None] = staticmethod(lambda weights: None)
-    """Raises an error for weights that are not to be taken; set by who knows."""
 
     @property
     def lightning_restore_optimizer(self) -> bool:

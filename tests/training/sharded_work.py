@@ -73,6 +73,7 @@ def local_bytes(rank: int, folder: str) -> dict[str, int]:
         module: TrainingModule = kind(student)
         found[f"{kind.__name__} whole"] = _bytes(module.net, module.teacher)
         module.to_shards(Sharding(_mesh()))
+        module.to("cpu")
         _quiet(module).training_step(tiny.batch(), 0).backward()
         found[f"{kind.__name__} sharded"] = _bytes(module.net, module.teacher)
         with put_together(module.net, keep=rank == 0):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pairs
 import pytest
 import sharded_work
 import tiny
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
+
+from hybridvl.layers.errors import ConfigError
+from hybridvl.training.strategy import ShardedStrategy, sharding_of
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +76,33 @@ def test_each_process_holds_its_share_of_student_and_teacher(found: list[dict[st
             assert sizes[f"{stage} sharded"] == pytest.approx(sizes[f"{stage} whole"] / 2, rel=0.02)
     first, second = (process["local_bytes"]["LogitDistillation put together"] for process in found)
     assert second == 0 < first
+
+
+class _Trainer:
+    """What a trainer says about how it trains."""
+
+    def __init__(self, strategy: Strategy, precision: str) -> None:
+        self.strategy = strategy
+        self.precision = precision
+
+
+@pytest.mark.parametrize(
+    ("strategy", "precision", "message"),
+    [
+        (
+            ShardedStrategy(),
+            "16-mixed",
+            "trainer.precision: '16-mixed'; fsdp2 takes one of 64-true, 32-true",
+        ),
+        (ModelParallelStrategy(), "32-true", "trainer.strategy: ModelParallelStrategy; expected auto, ddp or fsdp2"),
+        (FSDPStrategy(), "32-true", "trainer.strategy: FSDPStrategy; expected auto, ddp or fsdp2"),
+    ],
+)
+def test_what_the_stages_cannot_do_is_refused(strategy: Strategy, precision: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        sharding_of(cast(Trainer, _Trainer(strategy, precision)))
+
+
+def test_other_strategies_have_nothing_in_shards() -> None:
+    assert sharding_of(cast(Trainer, _Trainer(DDPStrategy(), "16-mixed"))) is None
+    assert StrategyRegistry["fsdp2"]["strategy"] is ShardedStrategy
