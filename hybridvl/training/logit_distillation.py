@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,10 @@ from hybridvl.training.distributed import processes, summed
 from hybridvl.training.divergences import DIVERGENCES, linear_divergence
 from hybridvl.training.losses import TokenLoss, label_positions, linear_cross_entropy
 from hybridvl.training.optim import OptimizerConfig
-from hybridvl.training.sharding import unsharded
-from hybridvl.training.student import StudentConfig, build_pair
+from hybridvl.training.sharding import is_sharded, unsharded
+from hybridvl.training.student import StudentConfig, build_pair, build_student, load_teacher
+from hybridvl.training.teacher_logits import TeacherLogitsConfig, open_teacher_logits, sample_keys
+from hybridvl.training.top_divergence import TopTokens, top_divergence, top_tokens
 
 TOKENS = ("all", "answers")
 
@@ -71,6 +73,10 @@ class LogitDistillation(TrainingModule):
         token_chunk: tokens whose logits exist at a time, the teacher's and the student's; null: as suits the device.
         vocab_chunk: columns of the logits that are worked on at a time; null: as suits the device.
         reply_tokens: longest reply that the test and predictions write.
+        teacher_logits: where the teacher's most likely tokens are kept, and how many of them. The divergence is then
+            over these and all others as one, see `hybridvl.training.top_divergence`. Samples that were seen before, by
+            any run that shares the folder, need no teacher, and it is not loaded before a sample needs it (but in the
+            first run of all). Logs train/cached, the share of samples that were found. null: nothing is kept.
     """
 
     def __init__(
@@ -86,6 +92,7 @@ class LogitDistillation(TrainingModule):
         token_chunk: int | None = None,
         vocab_chunk: int | None = None,
         reply_tokens: int = 64,
+        teacher_logits: TeacherLogitsConfig | None = None,
     ) -> None:
         for name, value, accepted in (("divergence", divergence, DIVERGENCES), ("tokens", tokens, TOKENS)):
             if value not in accepted:
@@ -97,14 +104,24 @@ class LogitDistillation(TrainingModule):
         for name, chunk in (("token_chunk", token_chunk), ("vocab_chunk", vocab_chunk)):
             if chunk is not None:
                 check_positive(name, chunk)
+        kept = None
+        if teacher_logits is not None:
+            kept = open_teacher_logits(teacher_logits, student.teacher, temperature, tokens)
         # The seed of the run, whatever has been drawn before; processes with several get the first one's weights.
-        pair = build_pair(student, torch.initial_seed() % 2**63, train_only, freeze)
-        super().__init__(pair.student, optimizer, reply_tokens, pair.teacher)
+        seed = torch.initial_seed() % 2**63
+        if kept is not None and len(kept):
+            net, _ = build_student(student, seed, train_only, freeze)
+            super().__init__(net.float(), optimizer, reply_tokens)
+        else:
+            pair = build_pair(student, seed, train_only, freeze)
+            super().__init__(pair.student, optimizer, reply_tokens, pair.teacher)
+        self.student = student
+        self.kept = kept
         self.divergence = divergence
         self.temperature = temperature
         self.cross_entropy = cross_entropy
         self.tokens = tokens
-        self._same_embeddings = _same_embeddings(self.net, self.teacher)
+        self._same_embeddings = bool(self._teachers) and _same_embeddings(self.net, self.teacher)
         self.token_chunk = token_chunk
         self.vocab_chunk = vocab_chunk
         self._sums: list[Tensor] = []  # of each batch of a validation pass: sums and counts (2, 4)
@@ -156,18 +173,15 @@ class LogitDistillation(TrainingModule):
         """The divergence over a batch's tokens and, if asked for, the cross-entropy over its labels."""
         predicts = label_positions(batch["labels"])
         chosen = predicts if self.tokens == "answers" else real_positions(batch)
-        with unsharded(self.teacher):
-            hidden, taught = self.hidden_states(batch)
-            divergence = linear_divergence(
-                hidden[chosen],
-                self.net.lm_head_weight,
-                taught[chosen],
-                self.teacher.lm_head_weight,
-                self.divergence,
-                self.temperature,
-                self.token_chunk,
-                self.vocab_chunk,
-            )
+        how = self.divergence, self.temperature, self.token_chunk, self.vocab_chunk
+        if self.kept is not None:
+            hidden, known = self._known(batch, chosen)
+            divergence = top_divergence(hidden[chosen], self.net.lm_head_weight, known, *how)
+        else:
+            with unsharded(self.teacher):
+                hidden, taught = self.hidden_states(batch)
+                heads = self.net.lm_head_weight, self.teacher.lm_head_weight
+                divergence = linear_divergence(hidden[chosen], heads[0], taught[chosen], heads[1], *how)
         found = None
         if labels:
             targets = batch["labels"][:, 1:][predicts[:, :-1]]
@@ -187,6 +201,57 @@ class LogitDistillation(TrainingModule):
         with torch.no_grad():
             taught = self.teacher.run_decoder(embeds, positions, cu_seqlens=packed)
         return self.net.run_decoder(embeds, positions, cu_seqlens=packed), taught
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write what has been kept of the teacher too."""
+        super().on_save_checkpoint(checkpoint)
+        self._flush()
+
+    def teardown(self, stage: str) -> None:
+        """Write what has been kept of the teacher."""
+        self._flush()
+
+    def _flush(self) -> None:
+        if self.kept is not None:
+            self.kept.flush()
+
+    def _known(self, batch: Batch, chosen: Tensor) -> tuple[Tensor, TopTokens]:
+        """(B, T, D) of the student, and what is known of the teacher at the chosen tokens.
+
+        The teacher runs if a sample is new, with shards if one is on any process.
+        """
+        assert self.kept is not None
+        keys = sample_keys(batch, self.config, self.tokens)
+        known = [self.kept.find(key, tokens) for key, tokens in keys]
+        new = sum(entry is None for entry in known)
+        if self.training:
+            self.log("train/cached", 1 - new / len(known), batch_size=1)
+        if self.training and is_sharded(self.net):
+            new = int(summed(torch.tensor(new, device=chosen.device)))
+        if new:
+            self._load_teacher()
+            with unsharded(self.teacher):
+                hidden, taught = self.hidden_states(batch)
+                how = self.kept.top_k, self.temperature, self.token_chunk, self.vocab_chunk
+                made = top_tokens(taught[chosen], self.teacher.lm_head_weight, *how)
+            parts = made.split([tokens for _, tokens in keys])
+            for (key, _), part in zip(keys, parts, strict=True):
+                self.kept.add(key, part)
+        else:
+            hidden, parts = self.net.hidden(**causal_inputs(batch)), [entry for entry in known if entry is not None]
+        return hidden, TopTokens.joined(parts, chosen.device)
+
+    def _load_teacher(self) -> None:
+        """Have a teacher from here on."""
+        if self._teachers:
+            return
+        if is_sharded(self.net):
+            raise ConfigError(
+                "model.teacher_logits.folder: holds only some of the samples, and no teacher can be loaded later where "
+                "weights are sharded; expected all of them, or an empty folder"
+            )
+        self._teachers.append(load_teacher(self.student, self.net))
+        self._same_embeddings = _same_embeddings(self.net, self.teacher)
 
     def _mixture(self, divergence: Tensor, entropy: Tensor) -> Tensor:
         return (1 - self.cross_entropy) * divergence + self.cross_entropy * entropy

@@ -41,7 +41,7 @@ class TopTokens(NamedTuple):
     @staticmethod
     def joined(parts: Sequence[TopTokens], device: torch.device) -> TopTokens:
         """Several one after the other, on a device."""
-        return TopTokens(*(torch.cat(values).to(device) for values in zip(*parts, strict=True)))
+        return TopTokens(*(torch.cat([v.to(device) for v in values]) for values in zip(*parts, strict=True)))
 
 
 @torch.no_grad()
