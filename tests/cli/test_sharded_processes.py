@@ -12,6 +12,7 @@ import sharded_runs
 import torch
 from safetensors.torch import load_file
 
+import hybridvl
 from hybridvl.cli import main
 from hybridvl.training.checkpoint_io import read_checkpoint
 from hybridvl.training.sharded_checkpoint import is_sharded_checkpoint
@@ -72,9 +73,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(_again(root, 1, "3_by_1", first)) == 0
     fits += [_again(root, 2, "3_by_2", first)]
     fits += [_again(root, 2, f"{half}_then_2", [word.format(half) for word in then]) for half in ("3_by_2", "3_by_1")]
-    for done in sharded_runs.two_processes(fits):
-        assert done.returncode == 0, done.stderr
+    fits += [_of_another_teacher(root)]  # the last one: it is refused
+    for rank, done in enumerate(sharded_runs.two_processes(fits)):
+        assert done.returncode == 2, done.stderr
         assert "sync_dist" not in done.stderr
+        (root / f"refused_{rank}.txt").write_text(done.stderr)
     assert main(_again(root, 1, "3_by_2_then_1", [word.format("3_by_2") for word in then])) == 0
     return root
 
@@ -83,6 +86,17 @@ def _again(root: Path, devices: int, version: str, flags: list[str]) -> list[str
     recipe = _copy(_recipe(root, "supervised", devices))
     run = ["--run.version", version, "--run.test", "false", "--model.optimizer.total_steps", "5"]
     return ["fit", "--config", recipe, *run, *flags]
+
+
+def _of_another_teacher(root: Path) -> list[str]:
+    """A fit that goes on, with another teacher, from a checkpoint of this one's student."""
+    other = hybridvl.load(root / "runs/teacher/version_0/model")
+    with torch.no_grad():
+        other.decoder.layers[2].mlp.down_proj.weight[-1, -1] += 1  # in the second process's share
+    hybridvl.save(other, root / "other")
+    last = str(root / "runs/logits/by_2/checkpoints/last.ckpt")
+    flags = ["--model.student.teacher", str(root / "other"), "--run.version", "other", "--ckpt_path", last]
+    return ["fit", "--config", _copy(_recipe(root, "logits", 2)), *flags]
 
 
 def _copy(recipe: str) -> str:
@@ -166,3 +180,12 @@ def test_a_folder_of_shards_becomes_a_model_folder(root: Path, name: str, tmp_pa
     assert main(["export", str(run / "checkpoints/last.ckpt"), "--out", str(tmp_path / "model")]) == 0
     for file in (run / "model").iterdir():
         assert (tmp_path / "model" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_checkpoint_of_another_teachers_student_is_refused(root: Path) -> None:
+    for rank in range(2):
+        told = (root / f"refused_{rank}.txt").read_text()
+        (error,) = (line for line in told.splitlines() if line.startswith("error: "))
+        assert "a checkpoint of another teacher's student: decoder.layers.2.mlp.down_proj.weight are not" in error
+        assert "Traceback" not in told
+    assert not (root / "runs/logits/other").exists()
