@@ -74,7 +74,7 @@ def test_every_file_is_a_pipeline_or_a_recipe_of_one() -> None:
         path.resolve() for name in PIPELINES for stage in read_pipeline(RECIPES[name]).stages for path in stage.recipes
     }
     assert set(PIPELINES) == {
-        *("tiny/infinitevl.yaml", "tiny/long.yaml", "tiny/progressive.yaml"),
+        *("tiny/infinitevl.yaml", "tiny/long.yaml", "tiny/progressive.yaml", "tiny/scratch.yaml"),
         *("infinitevl/v1.yaml", "infinitevl/v2_base.yaml"),
     }
     assert {path.resolve() for name, path in RECIPES.items() if name not in PIPELINES} == used
@@ -94,8 +94,20 @@ def test_the_tiny_stages(pattern: str, tmp_path: Path, weightless: None) -> None
     assert not [name for name in tuned if name.startswith(("visual.", "decoder.embed_tokens."))]
     assert {name for name, _ in stages["supervised"].model.net.named_parameters() if "decoder.layers." in name} <= tuned
     # The student has at most a fifth of the teacher's training.
-    steps = {name: cli.trainer.max_steps for name, cli in stages.items()}
-    assert 5 * (sum(steps.values()) - steps["teacher"]) <= steps["teacher"]
+    samples = {name: cli.trainer.max_steps * cli.config.fit.data.batch_size for name, cli in stages.items()}
+    assert 5 * (sum(samples.values()) - samples["teacher"]) <= samples["teacher"]
+
+
+def test_the_model_from_scratch_is_the_student(tmp_path: Path, weightless: None) -> None:
+    for pattern in ("(swa gdn*3)*2", "mamba2*8"):
+        of_pattern = {"values.pattern": pattern}
+        student = _stages("tiny/infinitevl.yaml", tmp_path / "student" / pattern[:3], **of_pattern)
+        (scratch,) = _stages("tiny/scratch.yaml", tmp_path / "scratch" / pattern[:3], **of_pattern).values()
+        assert scratch.model.net.num_params == student["supervised"].model.net.num_params
+        assert scratch.model.net.mixer_configs == student["supervised"].model.net.mixer_configs
+        trained = [cli for name, cli in student.items() if name != "teacher"]
+        assert scratch.trainer.max_steps == sum(cli.trainer.max_steps for cli in trained)
+        assert {scratch.config.fit.data.batch_size} == {cli.config.fit.data.batch_size for cli in trained}
 
 
 @pytest.mark.parametrize(
