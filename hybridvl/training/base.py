@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_, clip_grad_value_, get_total_norm
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 
 from hybridvl.checkpoints import check_same_model
@@ -22,10 +22,10 @@ from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.training.agreement import check_agreement
 from hybridvl.training.answers import Question, model_inputs, split_questions
 from hybridvl.training.distributed import summed
-from hybridvl.training.optim import OptimizerConfig, build_optimizer, build_schedule
+from hybridvl.training.optim import OptimizerConfig, build_optimizer, build_schedule, gradient_norm
 from hybridvl.training.replies import reply
 from hybridvl.training.scores import ReplyScores
-from hybridvl.training.sharding import Sharding, gather_all, is_sharded, scatter_all, share_shards, whole
+from hybridvl.training.sharding import Sharding, gather_all, is_sharded, scatter_all, share_shards
 from hybridvl.training.strategy import ShardedStrategy, sharding_of
 from hybridvl.training.trainer import logs_next
 
@@ -145,8 +145,7 @@ class TrainingModule(LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of all gradients, before they are clipped."""
         if logs_next(self.trainer):
-            gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-            self.log("train/gradient_norm", whole(get_total_norm(gradients)), batch_size=1)
+            self.log("train/gradient_norm", gradient_norm(self.net.parameters()), batch_size=1)
 
     def on_test_epoch_start(self) -> None:
         """Forget the scores of the previous pass."""

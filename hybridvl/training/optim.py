@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from hybridvl.layers.errors import ConfigError
+from hybridvl.training.sharding import whole
 
 _NEVER_DECAYED = ("A_log", "dt_bias", "D")
 
@@ -102,6 +105,11 @@ def lr_share(step: int, *, warmup_steps: int, total_steps: int, final: float) ->
         return (step + 1) / warmup_steps
     done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """() norm of all gradients of all processes, where weights are sharded; 0 without any."""
+    return whole(get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def _undecayed(owner: nn.Module, decay_embeddings: bool) -> list[nn.Parameter]:

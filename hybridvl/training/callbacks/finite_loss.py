@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from hybridvl.checkpoints.files import write_files
 from hybridvl.layers.errors import RunError
 from hybridvl.training.callbacks.checkpoints import LAST, checkpoint_folder
 from hybridvl.training.callbacks.exact_resume import random_state
 from hybridvl.training.distributed import gathered, process_rank, summed
+from hybridvl.training.optim import gradient_norm
 from hybridvl.training.trainer import is_dry_run, run_folder
 
 FOLDER = "not_finite"
@@ -51,7 +51,7 @@ class FiniteLoss(Callback):
         """Stop if something is not finite anywhere."""
         norm = torch.zeros((), device=self._loss.device)
         if trainer.precision != "16-mixed":
-            norm = gradient_norm(pl_module)
+            norm = gradient_norm(pl_module.parameters())
         bad = torch.stack([~value.isfinite().to(self._loss.device) for value in (self._loss, norm)]).float()
         losses, gradients = summed(bad).tolist()
         if not (losses or gradients):
@@ -74,12 +74,6 @@ class FiniteLoss(Callback):
         folder, name = run_folder(trainer) / FOLDER, f"step_{step}_process_{process_rank()}.pt"
         write_files(folder, {name: partial(torch.save, {**_on_cpu(self._batch), **facts})})
         return str(folder / name)
-
-
-def gradient_norm(module: LightningModule) -> Tensor:
-    """() norm of all gradients of a module; 0 without any."""
-    norm = get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all processes, where they are sharded
 
 
 def _message(trainer: Trainer, values: list[tuple[float, float]], files: list[str]) -> str:
