@@ -66,7 +66,8 @@ def dtypes(rank: int, folder: str) -> dict[str, Any]:
 
 
 def local_bytes(rank: int, folder: str) -> dict[str, int]:
-    """Bytes of a teacher's and a student's weights that this process holds, before and after they are sharded."""
+    """Bytes of a teacher's and a student's weights that this process holds, before and after they are sharded; and how
+    many of their layers are whole, at most, while one runs."""
     student = StudentConfig(f"{folder}/teacher", "swa gdn mamba2")
     found = {}
     for kind in (LayerDistillation, LogitDistillation):
@@ -74,7 +75,9 @@ def local_bytes(rank: int, folder: str) -> dict[str, int]:
         found[f"{kind.__name__} whole"] = _bytes(module.net, module.teacher)
         module.to_shards(Sharding(_mesh()))
         module.to("cpu")
+        whole_layers = _count_whole_layers(module)
         _quiet(module).training_step(tiny.batch(), 0).backward()
+        found[f"{kind.__name__} layers"] = max(whole_layers)
         found[f"{kind.__name__} sharded"] = _bytes(module.net, module.teacher)
         with put_together(module.net, keep=rank == 0):
             found[f"{kind.__name__} put together"] = sum(p.numel() * p.itemsize for p in module.net.parameters())
@@ -102,6 +105,19 @@ def _quiet(module: Any) -> Any:
     module.log = lambda *_, **__: None
     module.log_lr = lambda: None
     return module
+
+
+def _count_whole_layers(module: TrainingModule) -> list[int]:
+    """How many layers of both models are whole when one of them runs, filled as they do."""
+    layers = [layer for net in (module.net, module.teacher) for layer in net.decoder.layers]
+    counts: list[int] = []
+
+    def count(owner: nn.Module, inputs: Any) -> None:
+        counts.append(sum(not all(hasattr(p, "to_local") for p in layer.parameters()) for layer in layers))
+
+    for layer in layers:
+        layer.mixer.register_forward_pre_hook(count)
+    return counts
 
 
 def _bytes(*nets: nn.Module) -> int:

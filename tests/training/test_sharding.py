@@ -74,6 +74,7 @@ def test_each_process_holds_its_share_of_student_and_teacher(found: list[dict[st
         for stage in ("LayerDistillation", "LogitDistillation"):
             # What both models share is in memory once, as before; rows that cannot be halved cost a little.
             assert sizes[f"{stage} sharded"] == pytest.approx(sizes[f"{stage} whole"] / 2, rel=0.02)
+            assert sizes[f"{stage} layers"] == 1
     first, second = (process["local_bytes"]["LogitDistillation put together"] for process in found)
     assert second == 0 < first
 
