@@ -14,6 +14,7 @@ _SIGNS = (
     "std::bad_alloc",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
+_KILLED = "killed by signal: Killed"  # torch's word on a data worker that the system has ended
 _ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.]+) (\w+)", re.IGNORECASE)
 
 
@@ -23,7 +24,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    return isinstance(error, RuntimeError) and (any(sign in str(error) for sign in _SIGNS) or _worker_killed(error))
 
 
 def memory_message(error: BaseException, stage: str, settings: Any) -> str:
@@ -34,10 +35,16 @@ def memory_message(error: BaseException, stage: str, settings: Any) -> str:
     asked = _ASKED.search(str(error))
     size = f" ({_readable(float(asked[1]), asked[2])} more were asked for)" if asked else ""
     where = "GPU" if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error) else "computer"
-    return (
-        f"out of memory of the {where}{size}; checkpoints are as they were; what helps: "
-        f"{', '.join(_helping(stage, settings))}"
-    )
+    helping = _helping(stage, settings)
+    what = f"out of memory of the {where}{size}"
+    if _worker_killed(error):
+        what = "a data worker was killed, as the system does when memory runs out"
+        helping.insert(0, f"fewer data.workers (now {settings.data.workers})")
+    return f"{what}; checkpoints are as they were; what helps: {', '.join(helping)}"
+
+
+def _worker_killed(error: BaseException) -> bool:
+    return _KILLED in str(error) or _KILLED in str(error.__cause__)
 
 
 def _helping(stage: str, settings: Any) -> list[str]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
 from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 from hybridvl.training.memory import is_out_of_memory, memory_message
 
@@ -16,7 +19,7 @@ TRAINER = Namespace(accumulate_grad_batches=4)
 
 
 def _recipe(packing: bool = False, tokens_per_batch: int | None = None, **model: object) -> Namespace:
-    data = {"batch_size": 8, "eval_batch_size": None, "max_tokens": 300}
+    data = {"batch_size": 8, "eval_batch_size": None, "max_tokens": 300, "workers": 3}
     data |= {"packing": packing, "tokens_per_batch": tokens_per_batch}
     return Namespace(data=Namespace(**data), model=Namespace(**model), trainer=TRAINER)
 
@@ -44,6 +47,24 @@ def test_real_ones() -> None:
             ask()
         assert is_out_of_memory(caught.value)
         assert "computer (" in memory_message(caught.value, "supervised", _recipe(net=NET, loss_chunk=64))
+
+
+class _Killed(Dataset[int]):
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, number: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+
+def test_a_killed_worker_is_a_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="exited unexpectedly") as caught:
+        next(iter(DataLoader(_Killed(), num_workers=1)))
+    assert is_out_of_memory(caught.value)
+    message = memory_message(caught.value, "supervised", _recipe(net=NET, loss_chunk=64))
+    assert message.startswith("a data worker was killed, as the system does when memory runs out; checkpoints are")
+    assert "what helps: fewer data.workers (now 3), a smaller data.batch_size (now 8;" in message
 
 
 def test_the_message_has_the_settings_of_the_recipe() -> None:
