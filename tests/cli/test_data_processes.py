@@ -108,6 +108,20 @@ def test_shards_use_what_shards_have_kept(root: Path) -> None:
     assert metrics[2]["train/cached"] == 1
 
 
+def test_a_killed_fit_that_keeps_logits_goes_on_to_the_last_bit(root: Path) -> None:
+    flags = ["--trainer.precision", "32-true", "--checkpoints.every_n_steps", "1", "--model.optimizer.total_steps", "5"]
+    for folder, parts in (("whole", ["5"]), ("cut", ["3", "5"])):
+        recipe = _logits(root, folder, f"kept_{folder}", 1)
+        for steps in parts:
+            more = ["--ckpt_path", "last"] if steps != parts[0] else []
+            assert main(["fit", "--config", recipe, *flags, "--trainer.max_steps", steps, *more]) == 0
+            if len(parts) > 1 and not more:  # what a killed process has not written is made again
+                sorted((root / "kept_cut").glob("*.parquet"))[-1].unlink()
+    whole, cut = (_left(root, "logits", version)[0] for version in ("whole", "cut"))
+    for part in ("state_dict", "optimizer_states"):
+        assert cli_runs.differences(whole[part], cut[part]) == [], part
+
+
 def test_what_is_kept_of_something_else_is_refused(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(root / "one.yaml")
     assert main(["fit", "--config", recipe, "--run.version", "no", "--model.temperature", "1.0"]) == 2

@@ -118,6 +118,26 @@ def test_a_conversation_is_alone_wherever_it_stands(
                 )
 
 
+@pytest.mark.parametrize("stage", ["supervised", "layers", "logits"])
+@pytest.mark.parametrize("kind", ["padded", "packed"])
+def test_eight_times_the_conversations_leave_loss_and_gradients_where_they_are(
+    kind: str, stage: str, teacher: str, batches: dict[str, list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = module(stage, teacher)
+    [batch] = batches[kind]
+    along = {"input_ids": int(kind == "packed"), "labels": int(kind == "packed"), "attention_mask": 0}
+    along |= {"position_ids": 1 + (kind == "packed"), "pixel_values": 0, "image_grid_thw": 0}
+    more = {name: torch.cat([batch[name]] * 8, dim) for name, dim in along.items() if name in batch}
+    if kind == "packed":
+        sizes = batch["cu_seqlens"].diff().repeat(8)
+        more["cu_seqlens"] = torch.cat((sizes.new_zeros(1), sizes.cumsum(0)))
+    (loss, found), (other, others) = (pairs.gradients(made, given, monkeypatch) for given in (batch, more))
+    torch.testing.assert_close(other, loss, rtol=1e-9, atol=1e-12)
+    for name, gradient in found.items():
+        near = 1e-8 * float(gradient.abs().max()) + 1e-12
+        torch.testing.assert_close(others[name], gradient, rtol=0, atol=near, msg=name)
+
+
 def test_tokens_of_a_neighbour_change_nothing(teacher: str, batches: dict[str, list[dict[str, Any]]]) -> None:
     made = module("supervised", teacher)
     [packed] = batches["packed"]
