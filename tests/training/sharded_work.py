@@ -65,26 +65,39 @@ def dtypes(rank: int, folder: str) -> dict[str, Any]:
     return {"computed": computed, "kept": kept, "moments": moments, "loss": float(loss.detach())}
 
 
-def local_bytes(rank: int, folder: str) -> dict[str, int]:
-    """Bytes of a teacher's and a student's weights that this process holds, before and after they are sharded; and how
-    many of their layers are whole, at most, while one runs."""
+def distillation(rank: int, folder: str) -> dict[str, dict[str, Any]]:
+    """By stage: bytes of a teacher's and a student's weights in this process, before and after they are sharded, and of
+    the student's where they are put together; how many layers of both are whole, at most, while one runs; and the
+    largest difference that shards make to a gradient, of the largest gradient of its parameter."""
     student = StudentConfig(f"{folder}/teacher", "swa gdn mamba2")
+    made: dict[str, TrainingModule] = {
+        "layers": LayerDistillation(student),
+        "logits": LogitDistillation(student),
+        "decoder": LogitDistillation(student, train_only=None, freeze=("vision",), cross_entropy=0.5),
+    }
     found = {}
-    for kind in (LayerDistillation, LogitDistillation):
-        module: TrainingModule = kind(student)
-        found[f"{kind.__name__} whole"] = _bytes(module.net, module.teacher)
+    for name, module in made.items():
+        wanted = _gradients(_quiet(module))
+        module.zero_grad()
+        before = _bytes(module.net, module.teacher)
         module.to_shards(Sharding(_mesh()))
         module.to("cpu")
-        whole_layers = _count_whole_layers(module)
-        _quiet(module).training_step(tiny.batch(), 0).backward()
-        found[f"{kind.__name__} layers"] = max(whole_layers)
-        found[f"{kind.__name__} sharded"] = _bytes(module.net, module.teacher)
+        counts = _count_whole_layers(module)
+        gradients = _gradients(module)
+        assert gradients.keys() == wanted.keys()
         with put_together(module.net, keep=rank == 0):
-            found[f"{kind.__name__} put together"] = sum(p.numel() * p.itemsize for p in module.net.parameters())
+            together = sum(p.numel() * p.itemsize for p in module.net.parameters())
+        found[name] = {
+            "whole": before,
+            "sharded": _bytes(module.net, module.teacher),
+            "together": together,
+            "layers": max(counts),
+            "error": max(float((gradients[key] - g).abs().max() / g.abs().max()) for key, g in wanted.items()),
+        }
     return found
 
 
-WORK: tuple[Callable[[int, str], Any], ...] = (mixed_batches, dtypes, local_bytes)
+WORK: tuple[Callable[[int, str], Any], ...] = (mixed_batches, dtypes, distillation)
 
 
 def image_batch() -> dict[str, Any]:
@@ -105,6 +118,12 @@ def _quiet(module: Any) -> Any:
     module.log = lambda *_, **__: None
     module.log_lr = lambda: None
     return module
+
+
+def _gradients(module: TrainingModule) -> dict[str, Tensor]:
+    """Of a step with the same batch in every process."""
+    module.training_step(tiny.batch(), 0).backward()
+    return {name: whole(p.grad).clone() for name, p in module.net.named_parameters() if p.grad is not None}
 
 
 def _count_whole_layers(module: TrainingModule) -> list[int]:

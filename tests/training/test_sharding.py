@@ -68,15 +68,21 @@ def test_the_loss_under_bf16_mixed_is_that_of_one_process(found: list[dict[str, 
     assert [process["dtypes"]["loss"] for process in found] == [pytest.approx(loss, rel=1e-6)] * 2
 
 
-def test_each_process_holds_its_share_of_student_and_teacher(found: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("stage", ["layers", "logits", "decoder"])
+def test_each_process_holds_its_share_of_student_and_teacher(found: list[dict[str, Any]], stage: str) -> None:
     for process in found:
-        sizes = process["local_bytes"]
-        for stage in ("LayerDistillation", "LogitDistillation"):
-            # What both models share is in memory once, as before; rows that cannot be halved cost a little.
-            assert sizes[f"{stage} sharded"] == pytest.approx(sizes[f"{stage} whole"] / 2, rel=0.02)
-            assert sizes[f"{stage} layers"] == 1
-    first, second = (process["local_bytes"]["LogitDistillation put together"] for process in found)
+        facts = process["distillation"][stage]
+        # What both models share is in memory once, as before; rows that cannot be halved cost a little.
+        assert facts["sharded"] == pytest.approx(facts["whole"] / 2, rel=0.02)
+        assert facts["layers"] == 1
+    first, second = (process["distillation"][stage]["together"] for process in found)
     assert second == 0 < first
+
+
+@pytest.mark.parametrize("stage", ["layers", "logits", "decoder"])
+def test_shards_change_no_gradient(found: list[dict[str, Any]], stage: str) -> None:
+    for process in found:
+        assert process["distillation"][stage]["error"] < 1e-5
 
 
 class _Trainer:
