@@ -64,7 +64,7 @@ MISTAKES = [
         r"data\.task: hybridvl\.data\.NoSuch: .* has no attribute 'NoSuch'$",
     ),
     ("", "--seed_everything null", r"seed_everything: null; expected one of bool, int$"),
-    ("", "--ckpt_path .", r"ckpt_path: \.: a folder; expected a file"),
+    ("", "--ckpt_path .", r"ckpt_path: \.: a folder; expected a checkpoint, like last.ckpt"),
     ("", "--ckpt_path last", r"ckpt_path: no .*last\.ckpt; there is nothing to go on from"),
 ]
 
