@@ -233,7 +233,8 @@ class TrainingModule(LightningModule):
         stop = self._tokenizer().convert_tokens_to_ids("<|im_end|>")
         was_training = self.net.training
         self.net.eval()
-        written = reply(self.net, questions, (stop,), self.reply_tokens)
+        with self.trainer.precision_plugin.forward_context():  # for who asks between two steps
+            written = reply(self.net, questions, (stop,), self.reply_tokens)
         self.net.train(was_training)
         return [self.text(tokens) for tokens in written]
 

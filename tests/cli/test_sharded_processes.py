@@ -72,6 +72,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(_again(root, 1, "3_by_1", first)) == 0
     fits += [_again(root, 2, "3_by_2", first)]
     fits += [_again(root, 2, f"{half}_then_2", [word.format(half) for word in then]) for half in ("3_by_2", "3_by_1")]
+    fits += [_again(root, 2, "bf16", ["--trainer.precision", "bf16-mixed"])]
     fits += [_of_another_teacher(root)]  # the last one: it is refused
     for rank, done in enumerate(sharded_runs.two_processes(fits)):
         assert done.returncode == 2, done.stderr
@@ -186,3 +187,14 @@ def test_a_checkpoint_of_another_teachers_student_is_refused(root: Path) -> None
         assert "a checkpoint of another teacher's student: decoder.layers.2.mlp.down_proj.weight are not" in error
         assert "Traceback" not in told
     assert not (root / "runs/logits/other").exists()
+
+
+def test_bf16_mixed_keeps_float32_weights_and_does_much_the_same(root: Path) -> None:
+    runs = root / "runs/supervised"
+    end = read_checkpoint(runs / "bf16/checkpoints/last.ckpt")
+    (state,) = end["optimizer_states"]
+    kept = [*end["state_dict"].values(), *(tensor for entry in state["state"].values() for tensor in entry.values())]
+    assert {tensor.dtype for tensor in kept} == {torch.float32}
+    precise, rough = (json.loads((runs / run / "metrics.json").read_text())["metrics"] for run in ("by_1", "bf16"))
+    assert rough["val/loss"] == pytest.approx(precise["val/loss"], rel=2e-3)
+    assert rough["val/loss"] != pytest.approx(precise["val/loss"], rel=1e-7)

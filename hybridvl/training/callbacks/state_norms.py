@@ -35,8 +35,10 @@ class StateNorms(Callback):
             or not isinstance(net, VisionLanguageModel)
         ):
             return
+        with trainer.precision_plugin.forward_context():  # as the model has just run
+            norms = state_norms(net, batch)
         for logger in trainer.loggers:
-            logger.log_metrics(state_norms(net, batch), step=trainer.global_step)
+            logger.log_metrics(norms, step=trainer.global_step)
 
 
 @torch.no_grad()
