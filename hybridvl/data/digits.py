@@ -179,4 +179,3 @@ def _ask(kind: str, labels: NDArray[np.int64], u: float, v: float, separator: st
         digit = labels[row, column] if u * rows % 1 < 0.7 else int(v * columns % 1 * 10)
         return f"How many {digit}s?", str((labels == digit).sum())
     return "Read the page.", "\n".join(separator.join(map(str, line)) for line in labels)
-
