@@ -17,7 +17,7 @@ from hybridvl.training.base import TrainingModule
 from hybridvl.training.layer_distillation import LayerDistillation
 from hybridvl.training.logit_distillation import LogitDistillation
 from hybridvl.training.optim import OptimizerConfig, build_optimizer
-from hybridvl.training.sharding import Sharding, put_together, whole
+from hybridvl.training.sharding import Sharding, gather_all, put_together, scatter_all, whole
 from hybridvl.training.student import StudentConfig
 
 WORLD = 2
@@ -82,6 +82,10 @@ def distillation(rank: int, folder: str) -> dict[str, dict[str, Any]]:
         before = _bytes(module.net, module.teacher)
         module.to_shards(Sharding(_mesh()))
         module.to("cpu")
+        with torch.inference_mode():  # as Lightning validates on GPUs, before the first step
+            gather_all((module, module.teacher))
+            module.validation_step(tiny.batch(), 0)
+            scatter_all((module, module.teacher))
         counts = _count_whole_layers(module)
         gradients = _gradients(module)
         assert gradients.keys() == wanted.keys()
