@@ -29,7 +29,7 @@ from torch import Tensor
 from hybridvl.bench.machine import describe, usable_device
 from hybridvl.bench.memory import Peak, peak_memory
 from hybridvl.bench.sides import Results
-from hybridvl.training.divergences import DIVERGENCES, linear_divergence
+from hybridvl.training.losses.divergences import DIVERGENCES, linear_divergence
 
 _FURTHEST = 1e-4  # relative, by norm
 _GOALS = {"memory": 0.1, "time": 1.3}

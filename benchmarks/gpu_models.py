@@ -17,7 +17,7 @@ from hybridvl.bench.timing import timer
 from hybridvl.models.config import ModelConfig, VisionConfig
 from hybridvl.models.decoder import ModelState
 from hybridvl.models.vlm import VisionLanguageModel
-from hybridvl.training.losses import linear_cross_entropy
+from hybridvl.training.losses.cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True)

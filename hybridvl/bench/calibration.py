@@ -28,7 +28,7 @@ from hybridvl.models.decoder import ModelState
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.pattern import parse_pattern
 from hybridvl.plan.prediction import CACHED, MODES, Calibration, Pass, mixer_features, mlp_features
-from hybridvl.training.losses import linear_cross_entropy
+from hybridvl.training.losses.cross_entropy import linear_cross_entropy
 from hybridvl.training.optim import OptimizerConfig, build_optimizer
 
 _WIDTHS = (256, 640)

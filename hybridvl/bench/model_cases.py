@@ -22,7 +22,7 @@ from hybridvl.models.decoder import ModelState
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.pattern import parse_pattern
 from hybridvl.plan import plan_model
-from hybridvl.training.losses import linear_cross_entropy
+from hybridvl.training.losses.cross_entropy import linear_cross_entropy
 from hybridvl.training.optim import OptimizerConfig, build_optimizer
 
 QWEN3_NEXT, QWEN25 = "qwen3-next", "qwen2.5-vl"

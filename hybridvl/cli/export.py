@@ -21,7 +21,7 @@ from hybridvl.data.tokens import load_tokenizer
 from hybridvl.data.video import VideoConfig, VideoProcessor
 from hybridvl.inference.processor import Processor
 from hybridvl.layers.errors import ConfigError, within
-from hybridvl.training.consolidation import checkpoint_model
+from hybridvl.training.checkpoints.model import checkpoint_model
 
 _WRITTEN = [name for name, format in FORMATS.items() if format.write_config is not None]
 

@@ -46,9 +46,9 @@ from hybridvl.training.callbacks.run_summary import RunSummary
 from hybridvl.training.callbacks.skipped import SkippedSamples
 from hybridvl.training.callbacks.state_norms import StateNorms
 from hybridvl.training.callbacks.throughput import Throughput
-from hybridvl.training.checkpoint_io import AtomicCheckpointIO
+from hybridvl.training.checkpoints.files import AtomicCheckpointIO
+from hybridvl.training.checkpoints.shards import is_sharded_checkpoint
 from hybridvl.training.memory import is_out_of_memory, memory_message
-from hybridvl.training.sharded_checkpoint import is_sharded_checkpoint
 from hybridvl.training.trainer import is_dry_run, run_folder
 
 DESCRIPTIONS = {

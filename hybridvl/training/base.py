@@ -21,12 +21,12 @@ from hybridvl.models.positions import VisualGrids
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.training.agreement import check_agreement
 from hybridvl.training.answers import Question, model_inputs, split_questions
-from hybridvl.training.distributed import summed
 from hybridvl.training.optim import OptimizerConfig, build_optimizer, build_schedule, gradient_norm
+from hybridvl.training.processes.sharding import Sharding, gather_all, is_sharded, scatter_all, share_shards
+from hybridvl.training.processes.strategy import ShardedStrategy, sharding_of
+from hybridvl.training.processes.sums import summed
 from hybridvl.training.replies import reply
 from hybridvl.training.scores import ReplyScores
-from hybridvl.training.sharding import Sharding, gather_all, is_sharded, scatter_all, share_shards
-from hybridvl.training.strategy import ShardedStrategy, sharding_of
 from hybridvl.training.trainer import logs_next
 
 Batch = Mapping[str, Any]

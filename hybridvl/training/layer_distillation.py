@@ -16,9 +16,9 @@ from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.norms import at_least_float32
 from hybridvl.models.block import Block
 from hybridvl.training.base import Batch, TrainingModule, causal_inputs, embedded, real_positions
-from hybridvl.training.distributed import Means, processes, summed
 from hybridvl.training.optim import OptimizerConfig
-from hybridvl.training.sharding import Sharding, unsharded
+from hybridvl.training.processes.sharding import Sharding, unsharded
+from hybridvl.training.processes.sums import Means, processes, summed
 from hybridvl.training.student import StudentConfig, build_pair
 
 LAYER_LOSSES = ("mse", "relative_mse", "cosine")

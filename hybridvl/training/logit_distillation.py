@@ -20,14 +20,14 @@ from hybridvl.training.base import (
     embedded,
     real_positions,
 )
-from hybridvl.training.distributed import processes, summed
-from hybridvl.training.divergences import DIVERGENCES, linear_divergence
-from hybridvl.training.losses import TokenLoss, label_positions, linear_cross_entropy
+from hybridvl.training.losses.cross_entropy import TokenLoss, label_positions, linear_cross_entropy
+from hybridvl.training.losses.divergences import DIVERGENCES, linear_divergence
+from hybridvl.training.losses.top_divergence import TopTokens, top_divergence, top_tokens
 from hybridvl.training.optim import OptimizerConfig
-from hybridvl.training.sharding import is_sharded, unsharded
+from hybridvl.training.processes.sharding import is_sharded, unsharded
+from hybridvl.training.processes.sums import processes, summed
 from hybridvl.training.student import StudentConfig, build_pair, build_student, load_teacher
 from hybridvl.training.teacher_logits import TeacherLogitsConfig, open_teacher_logits, sample_keys
-from hybridvl.training.top_divergence import TopTokens, top_divergence, top_tokens
 
 TOKENS = ("all", "answers")
 
@@ -51,8 +51,8 @@ class LogitDistillation(TrainingModule):
     """Trains a student to predict what its teacher predicts, on the same tokens.
 
     The loss is (1 - w) * divergence + w * cross-entropy, each the mean over its tokens, whatever their number, padding
-    left out; no logits of more than a chunk of tokens exist (`hybridvl.training.divergences`). Embeddings and visual
-    features that both models share are computed once.
+    left out; no logits of more than a chunk of tokens exist (`hybridvl.training.losses.divergences`). Embeddings and
+    visual features that both models share are computed once.
 
     Logs train/loss, train/divergence, train/lr, train/gradient_norm and, where w is not 0, train/cross_entropy;
     val/loss, val/divergence, val/cross_entropy, val/token_accuracy, val/exact (whole answers, teacher-forced); and with
@@ -74,9 +74,10 @@ class LogitDistillation(TrainingModule):
         vocab_chunk: columns of the logits that are worked on at a time; null: as suits the device.
         reply_tokens: longest reply that the test and predictions write.
         teacher_logits: where the teacher's most likely tokens are kept, and how many of them. The divergence is then
-            over these and all others as one, see `hybridvl.training.top_divergence`. Samples that were seen before, by
-            any run that shares the folder, need no teacher, and it is not loaded before a sample needs it (but in the
-            first run of all). Logs train/cached, the share of samples that were found. null: nothing is kept.
+            over these and all others as one, see `hybridvl.training.losses.top_divergence`. Samples that were seen
+            before, by any run that shares the folder, need no teacher, and it is not loaded before a sample needs it
+            (but in the first run of all). Logs train/cached, the share of samples that were found. null: nothing is
+            kept.
     """
 
     def __init__(

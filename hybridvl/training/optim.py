@@ -15,7 +15,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from hybridvl.layers.errors import ConfigError
-from hybridvl.training.sharding import whole
+from hybridvl.training.processes.sharding import whole
 
 _NEVER_DECAYED = ("A_log", "dt_bias", "D")
 

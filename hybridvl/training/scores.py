@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from hybridvl.training.distributed import summed_counts
+from hybridvl.training.processes.sums import summed_counts
 
 COUNTING = frozenset({"count"})
 """Kinds whose digits are the result of counting, not digits that stand on the page."""

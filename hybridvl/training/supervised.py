@@ -15,11 +15,11 @@ from hybridvl.models.config import ModelConfig
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.training.answers import answers_right
 from hybridvl.training.base import Batch, TrainingModule, causal_inputs, check_positive
-from hybridvl.training.distributed import Means, processes, summed, summed_counts
 from hybridvl.training.freezing import choose_trained
 from hybridvl.training.lora import Adapters, LoraSettings, refuse_adapters
-from hybridvl.training.losses import TokenLoss, label_positions, linear_cross_entropy
+from hybridvl.training.losses.cross_entropy import TokenLoss, label_positions, linear_cross_entropy
 from hybridvl.training.optim import OptimizerConfig
+from hybridvl.training.processes.sums import Means, processes, summed, summed_counts
 
 
 class SupervisedTuning(TrainingModule):

@@ -24,7 +24,7 @@ from hybridvl.layers.errors import ConfigError, within
 from hybridvl.models.config import ModelConfig
 from hybridvl.training.answers import sample_parts
 from hybridvl.training.base import Batch, visual_tokens
-from hybridvl.training.top_divergence import TopTokens
+from hybridvl.training.losses.top_divergence import TopTokens
 
 FACTS = "teacher_logits.json"
 """The file of a folder that says what its parquet files are of."""

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hybridvl.training.divergences import DIVERGENCES
+from hybridvl.training.losses.divergences import DIVERGENCES
 
 ROOT = Path(__file__).parents[2]
 

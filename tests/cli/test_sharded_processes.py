@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import hybridvl
 from hybridvl.cli import main
-from hybridvl.training.checkpoint_io import read_checkpoint
-from hybridvl.training.sharded_checkpoint import is_sharded_checkpoint
+from hybridvl.training.checkpoints.files import read_checkpoint
+from hybridvl.training.checkpoints.shards import is_sharded_checkpoint
 
 STUDENT = {"pattern": "swa gdn mamba2", "mixers": {"swa": {"window": 8}}, "activation_checkpointing": True}
 LORA = {"rank": 2, "targets": ["mixers"], "projections": ["q_proj", "v_proj", "o_proj"]}

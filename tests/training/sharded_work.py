@@ -17,7 +17,7 @@ from hybridvl.training.base import TrainingModule
 from hybridvl.training.layer_distillation import LayerDistillation
 from hybridvl.training.logit_distillation import LogitDistillation
 from hybridvl.training.optim import OptimizerConfig, build_optimizer
-from hybridvl.training.sharding import Sharding, gather_all, put_together, scatter_all, whole
+from hybridvl.training.processes.sharding import Sharding, gather_all, put_together, scatter_all, whole
 from hybridvl.training.student import StudentConfig
 
 WORLD = 2

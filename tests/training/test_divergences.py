@@ -13,7 +13,7 @@ from pairs import LiveBytes
 from torch import Tensor
 
 from hybridvl.layers.errors import ConfigError
-from hybridvl.training.divergences import DIVERGENCES, linear_divergence
+from hybridvl.training.losses.divergences import DIVERGENCES, linear_divergence
 
 KINDS = pytest.mark.parametrize("kind", DIVERGENCES)
 

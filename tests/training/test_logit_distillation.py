@@ -20,8 +20,8 @@ from torch import Tensor
 from hybridvl.layers.errors import ConfigError
 from hybridvl.training.answers import model_inputs
 from hybridvl.training.base import causal_inputs
-from hybridvl.training.divergences import DIVERGENCES
 from hybridvl.training.logit_distillation import LogitDistillation
+from hybridvl.training.losses.divergences import DIVERGENCES
 from hybridvl.training.optim import OptimizerConfig
 from hybridvl.training.student import StudentConfig
 

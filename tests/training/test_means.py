@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridvl.training import distributed
-from hybridvl.training.distributed import Means
+from hybridvl.training.processes import sums
+from hybridvl.training.processes.sums import Means
 
 BATCH = st.tuples(st.floats(-9, 9, width=32), st.integers(0, 50), st.integers(0, 3))
 
@@ -21,9 +21,9 @@ def test_means_are_over_everything_that_was_counted(here: list[tuple], there: li
             means.add(torch.tensor([value, 2 * value]), (tokens, answers))
     with pytest.MonkeyPatch.context() as patch:
         theirs: list[torch.Tensor] = []
-        patch.setattr(distributed, "summed", lambda values: theirs.append(values) or values)
+        patch.setattr(sums, "summed", lambda values: theirs.append(values) or values)
         other.over_all_processes(torch.device("cpu"))
-        patch.setattr(distributed, "summed", lambda values: values + theirs[0])
+        patch.setattr(sums, "summed", lambda values: values + theirs[0])
         found = own.over_all_processes(torch.device("cpu"))
     every = [*here, *there]
     for name, position, factor in (("tokens", 1, 1), ("answers", 2, 2)):

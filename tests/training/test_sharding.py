@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 
 from hybridvl.layers.errors import ConfigError
-from hybridvl.training.strategy import ShardedStrategy, sharding_of
+from hybridvl.training.processes.strategy import ShardedStrategy, sharding_of
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,9 @@ from hybridvl.data.collate import Collator
 from hybridvl.layers.errors import ConfigError
 from hybridvl.training import logit_distillation, teacher_logits
 from hybridvl.training.logit_distillation import LogitDistillation
+from hybridvl.training.losses.top_divergence import TopTokens
 from hybridvl.training.student import StudentConfig
 from hybridvl.training.teacher_logits import TeacherLogits, TeacherLogitsConfig, sample_keys, teacher_digest
-from hybridvl.training.top_divergence import TopTokens
 
 FACTS = {"format": 1, "teacher": "abc", "top_k": 3}
 VOCABULARY = tiny.net().vocab_size

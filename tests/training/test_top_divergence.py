@@ -12,8 +12,8 @@ from largest import Largest
 from torch import Tensor
 
 from hybridvl.layers.errors import ConfigError
-from hybridvl.training.divergences import DIVERGENCES, linear_divergence
-from hybridvl.training.top_divergence import TopTokens, top_divergence, top_tokens
+from hybridvl.training.losses.divergences import DIVERGENCES, linear_divergence
+from hybridvl.training.losses.top_divergence import TopTokens, top_divergence, top_tokens
 
 KINDS = pytest.mark.parametrize("kind", DIVERGENCES)
 

@@ -13,7 +13,7 @@ from hybridvl.data.digits import DigitPages
 from hybridvl.data.images import ImageConfig
 from hybridvl.data.module import ChatDataModule
 from hybridvl.models.config import ModelConfig, VisionConfig
-from hybridvl.training.checkpoint_io import AtomicCheckpointIO
+from hybridvl.training.checkpoints.files import AtomicCheckpointIO
 from hybridvl.training.optim import OptimizerConfig
 from hybridvl.training.supervised import SupervisedTuning
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybridvl.layers.errors import ConfigError
-from hybridvl.training.distributed import gathered, process_rank, processes
+from hybridvl.training.processes.sums import gathered, process_rank, processes
 
 FROZEN_KEY = "hybridvl_frozen"
 """Where a checkpoint keeps the names of the parameters that were not trained."""

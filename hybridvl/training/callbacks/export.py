@@ -10,7 +10,7 @@ from hybridvl.inference.processor import Processor
 from hybridvl.training.base import TrainingModule
 from hybridvl.training.callbacks.checkpoints import Checkpoints
 from hybridvl.training.lora import ADAPTER_FOLDER
-from hybridvl.training.sharding import put_together
+from hybridvl.training.processes.sharding import put_together
 from hybridvl.training.supervised import SupervisedTuning
 from hybridvl.training.trainer import is_dry_run, run_folder
 

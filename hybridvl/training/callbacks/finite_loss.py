@@ -15,8 +15,8 @@ from hybridvl.checkpoints.files import write_files
 from hybridvl.layers.errors import RunError
 from hybridvl.training.callbacks.checkpoints import LAST, checkpoint_folder
 from hybridvl.training.callbacks.exact_resume import random_state
-from hybridvl.training.distributed import gathered, process_rank, summed
 from hybridvl.training.optim import gradient_norm
+from hybridvl.training.processes.sums import gathered, process_rank, summed
 from hybridvl.training.trainer import is_dry_run, run_folder
 
 FOLDER = "not_finite"

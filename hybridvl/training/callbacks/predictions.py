@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from hybridvl.training.distributed import gathered
+from hybridvl.training.processes.sums import gathered
 from hybridvl.training.trainer import run_folder
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybridvl.data.module import ChatDataModule
-from hybridvl.training.distributed import summed_counts
+from hybridvl.training.processes.sums import summed_counts
 from hybridvl.training.trainer import logs_now
 
 

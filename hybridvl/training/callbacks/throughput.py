@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hybridvl.training.answers import real_tokens, sample_count
-from hybridvl.training.distributed import gathered
+from hybridvl.training.processes.sums import gathered
 from hybridvl.training.trainer import logs_now
 
 

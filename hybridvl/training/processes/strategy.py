@@ -23,9 +23,9 @@ from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
 from hybridvl.layers.errors import ConfigError
-from hybridvl.training.checkpoint_io import read_checkpoint
-from hybridvl.training.sharded_checkpoint import OPTIMIZER, read_into, read_meta, write_sharded
-from hybridvl.training.sharding import Sharding
+from hybridvl.training.checkpoints.files import read_checkpoint
+from hybridvl.training.checkpoints.shards import OPTIMIZER, read_into, read_meta, write_sharded
+from hybridvl.training.processes.sharding import Sharding
 
 FSDP2 = "fsdp2"
 """The name by which `trainer.strategy` asks for it."""

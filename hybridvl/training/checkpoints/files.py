@@ -16,7 +16,7 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from hybridvl.checkpoints.files import write_files
 from hybridvl.layers.errors import ConfigError
-from hybridvl.training.sharded_checkpoint import is_sharded_checkpoint, read_whole
+from hybridvl.training.checkpoints.shards import is_sharded_checkpoint, read_whole
 
 
 class AtomicCheckpointIO(CheckpointIO):

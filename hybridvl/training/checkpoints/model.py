@@ -12,7 +12,7 @@ from hybridvl.layers.errors import ConfigError, within
 from hybridvl.models.config import ModelConfig
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.training.base import MODEL_KEY
-from hybridvl.training.checkpoint_io import read_checkpoint
+from hybridvl.training.checkpoints.files import read_checkpoint
 from hybridvl.training.lora import Adapters, adapter_settings
 
 _NET = "net."  # where a training module has its model

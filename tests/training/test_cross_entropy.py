@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from largest import Largest
 from torch import Tensor
 
-from hybridvl.training.losses import label_positions, linear_cross_entropy
+from hybridvl.training.losses.cross_entropy import label_positions, linear_cross_entropy
 
 
 def _inputs(tokens: int, width: int, vocab: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hybridvl.training.divergences import (
+from hybridvl.training.losses.divergences import (
     MEASURES,
     check_kind,
     chunk_sizes,

@@ -12,7 +12,7 @@ import tiny
 import torch
 
 from hybridvl.layers.errors import ConfigError
-from hybridvl.training.checkpoint_io import AtomicCheckpointIO, read_checkpoint
+from hybridvl.training.checkpoints.files import AtomicCheckpointIO, read_checkpoint
 
 GOOD = {"state_dict": {"weight": torch.arange(5.0)}, "global_step": 3}
 

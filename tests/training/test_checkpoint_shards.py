@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridvl.layers.errors import ConfigError
-from hybridvl.training import sharded_checkpoint
-from hybridvl.training.checkpoint_io import AtomicCheckpointIO, read_checkpoint
-from hybridvl.training.sharded_checkpoint import META, is_sharded_checkpoint, read_into, read_meta, write_sharded
+from hybridvl.training.checkpoints import shards
+from hybridvl.training.checkpoints.files import AtomicCheckpointIO, read_checkpoint
+from hybridvl.training.checkpoints.shards import META, is_sharded_checkpoint, read_into, read_meta, write_sharded
 
 
 def _alone(failed: str | None) -> str | None:
@@ -102,7 +102,7 @@ def test_a_failure_leaves_the_earlier_one(tmp_path: Path, step: str, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sharded_checkpoint, step, full)
+        patch.setattr(shards, step, full)
         with pytest.raises(ConfigError, match=r"No space left on device; the earlier .*last\.ckpt is untouched"):
             _write(path, 2)
     assert tiny.same(read_checkpoint(path)["state_dict"], _checkpoint(1)["state_dict"])
@@ -112,7 +112,7 @@ def test_a_failure_leaves_the_earlier_one(tmp_path: Path, step: str, monkeypatch
 
 
 def test_without_the_call_that_exchanges_names_two_renames_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharded_checkpoint.ctypes, "CDLL", lambda _: object())
+    monkeypatch.setattr(shards.ctypes, "CDLL", lambda _: object())
     _write(tmp_path / "last.ckpt", 1)
     _write(tmp_path / "last.ckpt", 2)
     assert tiny.same(read_checkpoint(tmp_path / "last.ckpt")["state_dict"], _checkpoint(2)["state_dict"])

@@ -1,0 +1,1 @@
+"""Checkpoints of trainings: whole files or folders of shards, and the models in them."""

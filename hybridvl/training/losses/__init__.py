@@ -1,0 +1,1 @@
+"""Losses straight from hidden states, with backward passes of their own."""

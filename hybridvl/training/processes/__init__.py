@@ -1,0 +1,1 @@
+"""What several processes do together: sums over them, weights in shards."""
