@@ -45,7 +45,11 @@ def explain(message: str, parser: ArgumentParser, files: Iterable[Path] = (), fl
         broken = next((file for file in files if file.exists() and _read(file) is None), None)
         return text if broken is None else f"{broken}: {text}"
     match = _TYPED.search(text)
-    return _CLASS.sub(r"\1", f"{match['key']}: {_reason(match['reason'])}" if match else text)
+    if match is None:
+        return _CLASS.sub(r"\1", text)
+    known = known_keys(parser)
+    key = match["key"] if match["key"] in known else _located(match["key"], known, files, flags)
+    return _CLASS.sub(r"\1", f"{key}: {_reason(match['reason'])}")
 
 
 def with_path(error: ConfigError) -> str:
@@ -84,10 +88,7 @@ def _reason(reason: str) -> str:
 
 def _unknown(key: str, known: set[str], files: Iterable[Path], flags: Iterable[str]) -> str:
     if "." not in key:
-        # The message names only the last part; the command line or the recipe knows where it stands.
-        paths = [flag for flag in flags if flag.rpartition(".")[2] == key]
-        paths += [path for file in files for path in _paths(_read(file), "") if path.rpartition(".")[2] == key]
-        key = next((path for path in paths if path not in known), key)
+        key = next((path for path in _candidates(key, files, flags) if path not in known), key)
     parent, _, leaf = key.rpartition(".")
     taken = _parameters(parent.removesuffix(".init_args"), files)
     known = {f"{parent}.{name}" for name in taken} or known
@@ -95,10 +96,22 @@ def _unknown(key: str, known: set[str], files: Iterable[Path], flags: Iterable[s
     near = difflib.get_close_matches(leaf, siblings, n=1)
     if near:
         return f"{key}: unknown key, did you mean {siblings[near[0]]!r}?"
-    near = difflib.get_close_matches(key, known, n=1)
+    near = [] if parent in known else difflib.get_close_matches(key, known, n=1)
     if near:
         return f"{key}: unknown key, did you mean {near[0]!r}?"
     return f"{key}: unknown key" + (f"; known here are {', '.join(sorted(siblings))}" if siblings else "")
+
+
+def _located(key: str, known: set[str], files: Iterable[Path], flags: Iterable[str]) -> str:
+    """The whole path of a known key; the key as it is where it stands nowhere, or in several places."""
+    paths = {path for path in _candidates(key, files, flags) if path in known}
+    return paths.pop() if len(paths) == 1 else key
+
+
+def _candidates(key: str, files: Iterable[Path], flags: Iterable[str]) -> list[str]:
+    """Paths that end with a key, on the command line and in the recipes: some messages name the last part alone."""
+    given = [*flags, *(path for file in files for path in _paths(_read(file), ""))]
+    return [path for path in given if path.rpartition(".")[2] == key]
 
 
 def _parameters(section: str, files: Iterable[Path]) -> list[str]:

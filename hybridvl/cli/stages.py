@@ -31,9 +31,9 @@ def stage_name(arguments: Sequence[str], recipes: Iterable[Path]) -> str:
     name = _given("run.stage", arguments, recipes)
     if name is None:
         return DEFAULT
-    if name not in STAGES:
+    if not isinstance(name, str) or name not in STAGES:
         raise ConfigError(f"run.stage: {name!r}; expected one of {', '.join(STAGES)}")
-    return str(name)
+    return name
 
 
 def stage_class(name: str) -> type[TrainingModule]:
