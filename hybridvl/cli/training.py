@@ -247,7 +247,10 @@ class TrainingCLI(LightningCLI):
         section.ckpt_path = section.run.version = None
         bar = settings.get("enable_progress_bar")
         self.trainer_defaults["callbacks"] = self._callbacks(progress_bar=bar is not False, logged=logger is not False)
-        trainer = super().instantiate_trainer(**given)
+        try:
+            trainer = super().instantiate_trainer(**given)
+        except ValueError as error:
+            raise _mistake(error) or ConfigError(f"trainer: {str(error).strip().splitlines()[0]}") from error
         self._share_version(trainer)
         return trainer
 

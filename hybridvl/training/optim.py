@@ -83,7 +83,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> AdamW:
     """AdamW over `parameter_groups`; raises ConfigError when nothing is trainable."""
     groups = parameter_groups(module, config)
     if not groups:
-        raise ConfigError("model.freeze: every parameter is frozen, there is nothing to train")
+        raise ConfigError("model.train_only, model.freeze: every parameter is frozen, there is nothing to train")
     fused = config.fused
     if fused is None:
         parameters = [p for group in groups for p in group["params"]]

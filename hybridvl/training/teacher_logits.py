@@ -49,6 +49,8 @@ class TeacherLogitsConfig:
     top_k: int = 64
 
     def __post_init__(self) -> None:
+        if not self.folder or (Path(self.folder).exists() and not Path(self.folder).is_dir()):
+            raise ConfigError(f"{_PLACE}.folder: {self.folder!r}; expected a folder, which need not be there yet")
         if self.top_k < 1:
             raise ConfigError(f"{_PLACE}.top_k: {self.top_k!r}; expected a whole number of at least 1")
 

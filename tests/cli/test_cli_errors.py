@@ -32,6 +32,7 @@ MISTAKES = [
     ("model: {lora: {targets: gdn}}", "", r"^error: model\.lora\.targets: Expected .*Sequence.* Got value: gdn"),
     ("", "--model.lora.foo 3", r"^error: model\.lora\.foo: unknown key; known here are alpha, dropout, .*, targets$"),
     ("", "--run.stage [layers]", r"^error: run\.stage: \['layers'\]; expected one of supervised, layers, logits$"),
+    ("", "--trainer.strategy fsdp3", r"^error: trainer: .*strategy='fsdp3'"),
     ("", "--trainer.max_steps many", r"trainer\.max_steps: Expected int\. Got value: many"),
     ("model: {net: {width: wide}}", "", r"model\.net\.width: Expected .*int.*wide"),
     ("model: {net: {pattern: '${model.net.nothing}'}}", "", r"model\.net\.pattern: .*nothing.* not found"),

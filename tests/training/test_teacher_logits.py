@@ -263,3 +263,7 @@ def test_mistakes_name_the_setting(teacher: str, tmp_path: Path) -> None:
         module(teacher, tmp_path, 2000)
     with pytest.raises(ConfigError, match=r"^model.teacher_logits.top_k: 0; expected a whole number of at least 1"):
         TeacherLogitsConfig("x", 0)
+    (tmp_path / "file").touch()
+    for folder in ("", str(tmp_path / "file")):
+        with pytest.raises(ConfigError, match=rf"^model.teacher_logits.folder: '{folder}'; expected a folder"):
+            TeacherLogitsConfig(folder)
