@@ -22,9 +22,10 @@ from omegaconf import OmegaConf
 from scipy import stats
 
 from hybridvl.bench.machine import describe
+from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.description import Pipeline, read_pipeline
 from hybridvl.pipeline.processes import Ended, run_process
-from hybridvl.pipeline.runner import plan_steps, run_pipeline
+from hybridvl.pipeline.runner import StageFailed, plan_steps, run_pipeline
 
 RECIPES = Path(__file__).parents[1] / "recipes" / "tiny"
 STAGES = ("layers", "logits", "supervised")
@@ -57,11 +58,15 @@ def main(arguments: Sequence[str]) -> int:
     chosen = parser.parse_args(arguments)
     cells = [(p, how, seed) for p in chosen.patterns for seed in chosen.seeds for how in (*chosen.inherit, "scratch")]
     results: Results = {}
-    for pattern, inherit, seed in cells:
-        pipeline = cell(chosen.root, pattern, inherit, seed, chosen.processes)
-        if not chosen.report:
-            run_pipeline(pipeline, _launch)
-        results[pattern, inherit, seed] = measured(pipeline)
+    try:
+        for pattern, inherit, seed in cells:
+            pipeline = cell(chosen.root, pattern, inherit, seed, chosen.processes)
+            if not chosen.report:
+                run_pipeline(pipeline, _launch)
+            results[pattern, inherit, seed] = measured(pipeline)
+    except (ConfigError, StageFailed) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status if isinstance(error, StageFailed) else 2
     text = table(results)
     print(text)
     if chosen.out is not None:
