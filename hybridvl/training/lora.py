@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -53,11 +54,12 @@ class LoraSettings:
         lists = {"targets": self.targets, "projections": self.projections}
         checks = {
             "rank": (self.rank >= 1, "at least 1"),
-            "alpha": (self.alpha > 0, "a number above 0"),
+            "alpha": (0 < self.alpha < math.inf, "a finite number above 0"),
             "dropout": (0 <= self.dropout < 1, "a share from 0 to below 1"),
             **{
-                name: (names is None or (not isinstance(names, str) and len(names) > 0), "a list of names")
+                name: (isinstance(names, Sequence) and not isinstance(names, str) and len(names) > 0, "a list of names")
                 for name, names in lists.items()
+                if name == "targets" or names is not None
             },
         }
         for name, (good, accepted) in checks.items():
@@ -186,6 +188,11 @@ def _linear_maps(net: VisionLanguageModel, settings: LoraSettings) -> set[str]:
     }
     if not linear:
         raise ConfigError(f"{place}: {list(settings.targets)}: no linear map among what they name; expected some")
+    if any(net.get_submodule(name) is net.lm_head for name in linear):
+        raise ConfigError(
+            f"{place}: {list(settings.targets)}: the head takes no adapters, as losses use its weight and not the "
+            "module; expected it in model.train_only"
+        )
     known = {name.rpartition(".")[2] for name in linear}
     unknown = sorted(set(settings.projections or ()) - known)
     if unknown:

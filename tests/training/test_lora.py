@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -214,9 +215,11 @@ def test_only_adapters_receive_gradients_and_they_are_right(source: Path) -> Non
     ("options", "message"),
     [
         ({"rank": 0}, r"model\.lora\.rank: 0; expected at least 1"),
-        ({"alpha": 0.0}, r"model\.lora\.alpha: 0\.0; expected a number above 0"),
+        ({"alpha": 0.0}, r"model\.lora\.alpha: 0\.0; expected a finite number above 0"),
         ({"dropout": 1.0}, r"model\.lora\.dropout: 1\.0; expected a share"),
         ({"targets": []}, r"model\.lora\.targets: \[\]; expected a list of names"),
+        ({"targets": None}, r"model\.lora\.targets: None; expected a list of names"),
+        ({"alpha": float("inf")}, r"model\.lora\.alpha: inf; expected a finite number above 0"),
         ({"targets": "mixers"}, r"model\.lora\.targets: 'mixers'; expected a list of names"),
         ({"projections": []}, r"model\.lora\.projections: \[\]"),
         ({"targets": ["mixers:lstm"]}, r"model\.lora\.targets: no parameter.*'mixers:lstm'.*mixers:gdn"),
@@ -233,3 +236,11 @@ def test_bad_settings_are_named(source: Path, options: dict[str, Any], message: 
 def test_adapters_need_weights() -> None:
     with pytest.raises(ConfigError, match=r"model\.source: null; model\.lora needs"):
         SupervisedTuning(tiny.net(PATTERN), lora=LoraSettings())
+
+
+def test_an_untied_head_takes_no_adapters(tmp_path: Path) -> None:
+    net = dataclasses.replace(tiny.net(PATTERN), tie_embeddings=False)
+    hybridvl.save(VisionLanguageModel(net), tmp_path / "untied")
+    lora = LoraSettings(targets=["mixers", "head"])
+    with pytest.raises(ConfigError, match=r"model\.lora\.targets: .*the head takes no adapters.*model\.train_only"):
+        SupervisedTuning(net, source=str(tmp_path / "untied"), lora=lora)

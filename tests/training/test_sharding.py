@@ -101,6 +101,8 @@ class _Trainer:
             "16-mixed",
             "trainer.precision: '16-mixed'; fsdp2 takes one of 64-true, 32-true",
         ),
+        # A_log and dt_bias stay float32, and a unit of weights has one dtype.
+        (ShardedStrategy(), "bf16-true", "trainer.precision: 'bf16-true'; fsdp2 takes one of 64-true, 32-true"),
         (ModelParallelStrategy(), "32-true", "trainer.strategy: ModelParallelStrategy; expected auto, ddp or fsdp2"),
         (FSDPStrategy(), "32-true", "trainer.strategy: FSDPStrategy; expected auto, ddp or fsdp2"),
     ],

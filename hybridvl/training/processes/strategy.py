@@ -31,7 +31,7 @@ FSDP2 = "fsdp2"
 """The name by which `trainer.strategy` asks for it."""
 
 # Precisions, and the dtype in which linear maps are gathered where that is not their own.
-_COMPUTE = {"64-true": None, "32-true": None, "bf16-mixed": torch.bfloat16, "bf16-true": None}
+_COMPUTE = {"64-true": None, "32-true": None, "bf16-mixed": torch.bfloat16}
 
 
 @dataclass(frozen=True)
