@@ -157,12 +157,17 @@ def _student(config: StudentConfig, teacher: ModelConfig, source: Checkpoint, se
 
 
 def _share(owner: VisionLanguageModel, other: VisionLanguageModel) -> None:
-    """Put one model's parameters in the place of the other's where both are frozen and equal."""
+    """Put one model's parameters in the place of the other's where both are frozen and of equal numbers.
+
+    Their dtypes may differ, as those of a teacher in bfloat16 and of a student that a stage has exported do: a cast of
+    both models comes after this.
+    """
     owned = dict(owner.named_parameters())
     for name, parameter in list(other.named_parameters()):
         module, _, leaf = name.rpartition(".")
         same = owned.get(name)
-        if same is None or same.requires_grad or parameter.requires_grad or same.dtype != parameter.dtype:
+        if same is None or same.requires_grad or parameter.requires_grad:
             continue
-        if torch.equal(same, parameter):
+        dtype = torch.promote_types(same.dtype, parameter.dtype)
+        if torch.equal(same.to(dtype), parameter.to(dtype)):
             setattr(other.get_submodule(module), leaf, same)

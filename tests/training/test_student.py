@@ -124,6 +124,17 @@ def test_a_bfloat16_teacher_is_trained_in_float32(tmp_path: Path) -> None:
     assert len(shared(pair)) == sum(not p.requires_grad for p in pair.student.parameters()) > 10
 
 
+def test_a_bfloat16_teacher_and_an_exported_student_share(tmp_path: Path) -> None:
+    hybridvl.save(VisionLanguageModel(tiny.net("full*2")).bfloat16(), tmp_path / "teacher")
+    first = build_pair(StudentConfig(str(tmp_path / "teacher"), "full gdn"), 0)
+    hybridvl.save(first.student, tmp_path / "student")
+    source = StudentConfig(str(tmp_path / "teacher"), "full gdn", source=str(tmp_path / "student"))
+    pair = build_pair(source, 0)
+    assert shared(pair) == shared(first) == {name for name, p in pair.student.named_parameters() if not p.requires_grad}
+    assert {p.dtype for net in (pair.student, pair.teacher) for p in net.parameters()} == {torch.float32}
+    assert tiny.same(dict(pair.student.state_dict()), dict(first.student.state_dict()))
+
+
 def test_replaced_layers_are_those_that_compute_something_else() -> None:
     mixers = {**tiny.net().mixers, "wide": {"type": "swa", "heads": 2, "kv_heads": 1, "head_dim": 16, "window": 99}}
     one, other = (
