@@ -39,7 +39,8 @@ def choose_trained(
 
     Args:
         net: the model.
-        train_only, freeze: names.
+        train_only: names of what is trained; None: everything.
+        freeze: names of what is not trained of that.
         replaced: numbers of the layers that differ from the teacher's; None where there is no teacher.
 
     Raises:
