@@ -36,7 +36,7 @@ run: {{test: false, version: {version}}}
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All fits of two processes, which are started once."""
+    """All fits of two processes."""
     root = tmp_path_factory.mktemp("processes")
     packed = ["fit", "--config", str(cli_runs.recipe(root, "packed", PACKED))]
     kept = str(root / "runs" / "packed" / "whole" / "checkpoints" / "kept.ckpt")

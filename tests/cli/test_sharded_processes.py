@@ -60,7 +60,7 @@ def _recipe(root: Path, name: str, devices: int) -> str:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All fits by one process, and then, by two processes that stay, by two."""
+    """All fits by one process, and then by two."""
     root = tmp_path_factory.mktemp("sharded")
     teacher = cli_runs.recipe(root, "teacher", "run: {test: false}\ntrainer: {max_steps: 3, val_check_interval: 3}")
     assert main(["fit", "--config", str(teacher), "--model.net.pattern", "full*3"]) == 0
