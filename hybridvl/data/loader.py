@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -154,6 +156,8 @@ class BatchStream:
                 generator=torch.Generator(),
                 worker_init_fn=end_with_parent,
             )
+            with _inherited_is_kept():
+                return iter(self._loader)
         return iter(self._loader)
 
 
@@ -313,6 +317,19 @@ def _checked(made: Any) -> Any:
     if isinstance(made, _Failure) and not made.skipped:
         raise ConfigError(made.message)
     return made
+
+
+@contextmanager
+def _inherited_is_kept() -> Iterator[None]:
+    """Have processes that are forked within the block leave alone what this one holds or has left to be collected.
+
+    Objects that own threads wait for them when they are freed, and no thread comes along with a fork.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def end_with_parent(worker: int = 0) -> None:

@@ -1,7 +1,9 @@
 """Tests of hybridvl.data.order and hybridvl.data.loader: order, workers, packing, exact resume, errors."""
 
+import gc
 import itertools
 import json
+import os
 
 import pytest
 import torch
@@ -218,6 +220,39 @@ def test_errors_in_workers_are_shown_as_they_are(workers, packing):
     with pytest.raises(ConfigError) as caught:
         list(module.train_dataloader())
     assert str(caught.value) == "train sample 5[1].content: int; expected text or a list of parts"
+
+
+class Collecting(Words):
+    """Words whose reader has freed what nobody holds any more."""
+
+    def sample(self, index, epoch):
+        gc.collect()
+        return super().sample(index, epoch)
+
+
+class Cycle:
+    """Writes down in which process it is freed."""
+
+    def __init__(self, path):
+        self.path, self.itself = path, self
+
+    def __del__(self):
+        with self.path.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+def test_workers_free_nothing_that_their_parent_left(tmp_path):
+    """It may wait for threads, which no fork has: a worker would wait for ever, and so would everybody else."""
+    freed = tmp_path / "freed"
+    gc.disable()
+    try:
+        Cycle(freed)
+        take(small_module(Given(Collecting(8)), workers=2).train_dataloader(), 2)
+        assert not freed.exists()
+        gc.collect()
+    finally:
+        gc.enable()
+    assert freed.read_text() == f"{os.getpid()}\n"
 
 
 def test_an_empty_stream_is_refused():
