@@ -218,6 +218,10 @@ class TrainingModule(LightningModule):
         for teacher in self._teachers:
             _check_shared(weights, self.net, teacher)
 
+    def compared_settings(self) -> dict[str, Any]:
+        """What people tell runs apart by, besides the model and the optimizer: the stage, and its own settings."""
+        return {}
+
     def log_lr(self) -> None:
         """Log train/lr, the learning rate of the step that is being taken."""
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)

@@ -83,6 +83,7 @@ class LayerDistillation(TrainingModule):
         # The seed of the run, whatever has been drawn before; processes with several get the first one's weights.
         pair = build_pair(student, torch.initial_seed() % 2**63, freeze=freeze)
         super().__init__(pair.student, optimizer, reply_tokens, pair.teacher)
+        self.inherit = student.inherit
         self.loss = loss
         self.match = match
         self.loss_factor = loss_factor
@@ -125,6 +126,10 @@ class LayerDistillation(TrainingModule):
             self.log("val/loss", torch.stack(list(means.values())).mean(), prog_bar=True, sync_dist=True)
         for name, mean in means.items():
             self.log(name, mean, sync_dist=True)
+
+    def compared_settings(self) -> dict[str, Any]:
+        """See `TrainingModule.compared_settings`."""
+        return {"stage": "layers", "inherit": self.inherit, "loss": self.loss, "match": self.match}
 
     def layer_losses(self, batch: Batch, weight: Tensor | float = 1.0) -> Iterator[LayerLoss]:
         """The losses of the replaced layers in order, with gradients of `weight` times their mean if autograd records.

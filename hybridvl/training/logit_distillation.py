@@ -118,6 +118,7 @@ class LogitDistillation(TrainingModule):
             super().__init__(pair.student, optimizer, reply_tokens, pair.teacher)
         self.student = student
         self.kept = kept
+        self.inherit = student.inherit
         self.divergence = divergence
         self.temperature = temperature
         self.cross_entropy = cross_entropy
@@ -169,6 +170,11 @@ class LogitDistillation(TrainingModule):
             self.log("val/cross_entropy", entropy, sync_dist=True)
             self.log("val/token_accuracy", accuracy, sync_dist=True)
             self.log("val/exact", exact, prog_bar=True, sync_dist=True)
+
+    def compared_settings(self) -> dict[str, Any]:
+        """See `TrainingModule.compared_settings`."""
+        names = ("inherit", "divergence", "temperature", "cross_entropy")
+        return {"stage": "logits", **{name: getattr(self, name) for name in names}}
 
     def logit_loss(self, batch: Batch, labels: bool) -> LogitLoss:
         """The divergence over a batch's tokens and, if asked for, the cross-entropy over its labels."""

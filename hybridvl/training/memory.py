@@ -14,6 +14,8 @@ _SIGNS = (
     "std::bad_alloc",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
+# All that oneDNN says when it gets no memory for an operator's code; "primitive descriptor" is another error.
+_NO_CODE = re.compile(r"could not create a primitive(?! descriptor)")
 _KILLED = "killed by signal: Killed"  # torch's word on a data worker that the system has ended
 _ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.]+) (\w+)", re.IGNORECASE)
 
@@ -24,7 +26,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and (any(sign in str(error) for sign in _SIGNS) or _worker_killed(error))
+    if not isinstance(error, RuntimeError):
+        return False
+    return any(sign in str(error) for sign in _SIGNS) or _no_code(error) or _worker_killed(error)
 
 
 def memory_message(error: BaseException, stage: str, settings: Any) -> str:
@@ -35,12 +39,18 @@ def memory_message(error: BaseException, stage: str, settings: Any) -> str:
     asked = _ASKED.search(str(error))
     size = f" ({_readable(float(asked[1]), asked[2])} more were asked for)" if asked else ""
     where = "GPU" if isinstance(error, torch.OutOfMemoryError) or "CUDA" in str(error) else "computer"
+    if _no_code(error):
+        size = " (oneDNN could not make the code of an operator, as happens when memory runs out)"
     helping = _helping(stage, settings)
     what = f"out of memory of the {where}{size}"
     if _worker_killed(error):
         what = "a data worker was killed, as the system does when memory runs out"
         helping.insert(0, f"fewer data.workers (now {settings.data.workers})")
     return f"{what}; checkpoints are as they were; what helps: {', '.join(helping)}"
+
+
+def _no_code(error: BaseException) -> bool:
+    return _NO_CODE.search(str(error)) is not None
 
 
 def _worker_killed(error: BaseException) -> bool:
@@ -70,4 +80,6 @@ def _helping(stage: str, settings: Any) -> list[str]:
 
 
 def _readable(amount: float, unit: str) -> str:
-    return f"{amount / 2**20:,.0f} MiB" if unit == "bytes" else f"{amount:g} {unit}"
+    if unit != "bytes":
+        return f"{amount:g} {unit}"
+    return f"{amount / 2**20:,.0f} MiB" if amount >= 2**20 else f"{amount / 2**10:,.1f} KiB"

@@ -124,6 +124,10 @@ class SupervisedTuning(TrainingModule):
         else:
             refuse_adapters(checkpoint)
 
+    def compared_settings(self) -> dict[str, Any]:
+        """See `TrainingModule.compared_settings`."""
+        return {"stage": "supervised"}
+
     def token_loss(self, batch: Batch) -> TokenLoss:
         """Loss and hits over the label tokens of a batch; no other token reaches the output head."""
         hidden = self.net.hidden(**causal_inputs(batch))  # (B, T, D)

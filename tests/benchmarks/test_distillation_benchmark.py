@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -10,21 +9,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 from hybridvl.pipeline.records import StageRun
 from hybridvl.pipeline.runner import plan_steps
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "distillation.py"
-
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("distillation", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("distillation")
 
 
 def _stage(exact: float, tokens: int = 100) -> dict[str, Any]:

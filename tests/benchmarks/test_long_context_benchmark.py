@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from scripts import load_script
 
 import hybridvl
 from hybridvl.data import ChatDataModule, ImageConfig
@@ -19,17 +19,10 @@ from hybridvl.inference.processor import Processor
 from hybridvl.models.config import ModelConfig, VisionConfig
 from hybridvl.models.vlm import VisionLanguageModel
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "long_context.py"
-
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("long_context", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("long_context")
 
 
 @pytest.fixture(scope="module")

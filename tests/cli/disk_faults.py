@@ -48,12 +48,15 @@ class Poisoned(Callback):
 
 
 class LittleMemory(Callback):
-    """After step 2 the last process gets no more than 4 MiB beyond what it has then."""
+    """After step 2 the last process gets no more than 32 MiB beyond what it has then.
+
+    That is enough for small things, as some libraries crash without them. MALLOC_MMAP_THRESHOLD_ must be small in its
+    environment: malloc then keeps no tensor's memory for the next one."""
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 2 and trainer.global_rank == trainer.world_size - 1:
             pages = int(Path("/proc/self/statm").read_text().split()[0])
-            limit = pages * resource.getpagesize() + 2**22
+            limit = pages * resource.getpagesize() + 2**25
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
 

@@ -12,7 +12,7 @@ import torch
 from hybridvl.cli import main
 
 STEPS = "max_steps: 9, callbacks: [{class_path: disk_faults.%s}]"
-LARGE = "data: {batch_size: 64, eval_batch_size: 4}\nrun: {test: false}\ncheckpoints: {every_n_steps: 1}\n"
+LARGE = "data: {batch_size: 256, eval_batch_size: 4}\nrun: {test: false}\ncheckpoints: {every_n_steps: 1}\n"
 
 
 def _error(done: subprocess.CompletedProcess[str]) -> str:
@@ -60,12 +60,13 @@ def test_one_of_two_processes_stops_both(tmp_path: Path) -> None:
     assert _last_step(folder) == 4
 
 
-def test_a_lack_of_memory_names_what_helps(tmp_path: Path) -> None:
+def test_a_lack_of_memory_names_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**16))
     text = f"{LARGE}trainer: {{devices: 2, val_check_interval: 9, {STEPS % 'LittleMemory'}}}"
     message = _error(cli_runs.hybridvl("fit", "--config", str(cli_runs.recipe(tmp_path, "large", text))))
     assert "error: out of memory of the computer (" in message
     for help in (
-        "a smaller data.batch_size (now 64; a larger trainer.accumulate_grad_batches, now 1, keeps",
+        "a smaller data.batch_size (now 256; a larger trainer.accumulate_grad_batches, now 1, keeps",
         "a smaller data.max_tokens (now 256)",
         "model.net.activation_checkpointing: true",
         "a smaller model.loss_chunk (now 1024)",

@@ -9,6 +9,8 @@ import cli_runs
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import hybridvl
 from hybridvl.cli import main
@@ -62,6 +64,19 @@ def test_a_distilled_student_is_a_model_folder(root: Path) -> None:
     assert (metrics["trainable_parameters"], metrics["parameters"]) == (trained, student.num_params)
     assert {"val/loss", "val/layer_0", "val/layer_3", "train/loss", "test/exact"} < set(metrics["metrics"])
     assert (model(root, "layers") / "tokenizer.json").is_file()
+
+
+def test_tensorboard_tells_stages_and_inheritance_apart(root: Path) -> None:
+    found = []
+    for name in ("teacher", "layers"):
+        events = EventAccumulator(str(min(run(root, name).glob("events.*"))))
+        events.Reload()
+        content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+        found.append(HParamsPluginData.FromString(content).session_start_info.hparams)
+    assert found[0]["stage"].string_value == "supervised"
+    assert "inherit" not in found[0]
+    expected = {"stage": "layers", "inherit": "qkvo", "loss": "relative_mse", "match": "mixer"}
+    assert {name: found[1][name].string_value for name in expected} == expected
 
 
 def test_the_saved_recipe_says_the_stage(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

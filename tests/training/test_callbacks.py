@@ -223,6 +223,7 @@ def test_hparams_show_settings_and_real_metrics(run: tuple[Path, dict[str, Any]]
     events.Reload()
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["stage"].string_value == "supervised"
     assert settings["pattern"].string_value == "swa gdn"
     assert settings["lr"].number_value == 3e-3
     assert settings["seed"].number_value == 0

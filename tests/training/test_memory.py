@@ -30,6 +30,8 @@ def _recipe(packing: bool = False, tokens_per_batch: int | None = None, **model:
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 40 bytes."), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
         (MemoryError(), True),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
         (OSError(errno.ENOSPC, "No space left on device"), False),
@@ -47,6 +49,12 @@ def test_real_ones() -> None:
             ask()
         assert is_out_of_memory(caught.value)
         assert "computer (" in memory_message(caught.value, "supervised", _recipe(net=NET, loss_chunk=64))
+
+
+def test_onednn_gives_no_size() -> None:
+    error = RuntimeError("could not create a primitive")
+    message = memory_message(error, "supervised", _recipe(net=NET, loss_chunk=64))
+    assert message.startswith("out of memory of the computer (oneDNN could not make the code of an operator, as ")
 
 
 class _Killed(Dataset[int]):

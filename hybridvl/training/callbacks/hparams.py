@@ -48,6 +48,7 @@ def _settings(module: LightningModule) -> dict[str, Any]:
         return {}
     net, optimizer = module.config, module.optimizer_config
     return {
+        **module.compared_settings(),
         "pattern": module.net.pattern,
         "width": net.width,
         "mlp_width": net.mlp_width,
