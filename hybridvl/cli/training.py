@@ -11,10 +11,9 @@ import sys
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from jsonargparse import set_parsing_settings
@@ -28,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hybridvl.cli.messages import explain, with_path
 from hybridvl.cli.mixer_flags import merge_mixer_flags
+from hybridvl.cli.run_config import RunConfig
 from hybridvl.cli.stages import net_of_source, stage_class, stage_name
 from hybridvl.data.module import ChatDataModule
 from hybridvl.layers.errors import ConfigError, RunError
@@ -42,6 +42,7 @@ from hybridvl.training.callbacks.memory import MemoryMonitor
 from hybridvl.training.callbacks.predictions import PredictionWriter
 from hybridvl.training.callbacks.process_group import FIRST, ProcessGroup, follow_first_process
 from hybridvl.training.callbacks.progress import StepProgress
+from hybridvl.training.callbacks.progress_file import ProgressFile
 from hybridvl.training.callbacks.run_summary import RunSummary
 from hybridvl.training.callbacks.skipped import SkippedSamples
 from hybridvl.training.callbacks.state_norms import StateNorms
@@ -64,37 +65,6 @@ _VERSION = "HYBRIDVL_RUN_VERSION"
 
 # What the system answers when the run folder cannot be made where the recipe wants it.
 _NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Where a run is kept: ROOT/NAME/VERSION.
-
-    Attributes:
-        name: name of the experiment.
-        root: folder of all runs.
-        version: folder of this run; null numbers them (version_0, version_1, ...).
-        stage: what is trained, and so which settings `model` takes: supervised (SupervisedTuning), layers
-            (LayerDistillation) or logits (LogitDistillation).
-        test: whether a fit ends with the test.
-        threads: CPU threads of the main process; small models run fastest on 1. null leaves torch's choice.
-    """
-
-    name: str = "run"
-    root: str = "runs"
-    version: str | None = None
-    stage: Literal["supervised", "layers", "logits"] = "supervised"
-    test: bool = True
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"run.threads: {self.threads}; expected at least 1, or null")
-
-    @property
-    def folder(self) -> Path:
-        """The folder of all versions."""
-        return Path(self.root) / self.name
 
 
 class _Parser(LightningArgumentParser):
@@ -275,7 +245,7 @@ class TrainingCLI(LightningCLI):
         if progress_bar:
             callbacks.append(StepProgress())
         if logged:
-            callbacks.append(HParams({"seed": seed}))
+            callbacks += [HParams(seed, self._get(self.config_init, "run").labels), ProgressFile()]
         return [*callbacks, ExportModel(), RunSummary()]
 
     def before_fit(self) -> None:
@@ -293,6 +263,7 @@ class TrainingCLI(LightningCLI):
         """Test the final weights, then say where everything is."""
         if self._get(self.config_init, "run").test and not is_dry_run(self.trainer):
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        self._summary().finish(self.trainer)
         self._report()
 
     def before_validate(self) -> None:
@@ -343,9 +314,11 @@ class TrainingCLI(LightningCLI):
             shutil.rmtree(self._made)
 
     def _report(self) -> None:
-        summary = next(c for c in self.trainer.callbacks if isinstance(c, RunSummary))  # type: ignore[attr-defined]
         if self.trainer.is_global_zero and not is_dry_run(self.trainer):
-            print("\n".join(summary.lines(self.trainer)))
+            print("\n".join(self._summary().lines(self.trainer)))
+
+    def _summary(self) -> RunSummary:
+        return next(c for c in self.trainer.callbacks if isinstance(c, RunSummary))  # type: ignore[attr-defined]
 
 
 def main(argv: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import cli_runs
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from hybridvl.cli import main
 from hybridvl.data.digits import DigitPages
@@ -31,6 +33,33 @@ def test_fit_leaves_a_whole_run_folder(run: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["steps"] == 12
     assert {"train/loss", "val/exact", "test/exact"} < set(metrics["metrics"])
+    assert datetime.fromisoformat(metrics["ended"]) <= datetime.now(UTC)
+
+
+def test_progress_is_in_a_file(run: Path) -> None:
+    """Its last lines are of the test; a test of its own later writes none."""
+    path = run / "progress.json"
+    progress = json.loads(path.read_text())
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert (progress["doing"], progress["step"], progress["steps"]) == ("test", 12, 12)
+    assert (progress["tokens"], progress["seconds"]) == (metrics["tokens"], metrics["seconds"])
+    assert progress["metrics"]["val/exact"] == metrics["metrics"]["val/exact"]
+
+
+def test_labels_are_all_that_hparams_shows(tmp_path: Path) -> None:
+    argv = ["fit", "--config", str(cli_runs.recipe(tmp_path)), "--trainer.max_steps", "1", "--run.test", "false"]
+    assert main([*argv, "--run.labels", '{"ratio": "1/4", "window": "16"}', "--seed_everything", "3"]) == 0
+    folder = tmp_path / "runs" / "tiny" / "version_0"
+    assert yaml.safe_load((folder / "config.yaml").read_text())["run"]["labels"] == {"ratio": "1/4", "window": "16"}
+    events = EventAccumulator(str(min(folder.glob("events.*"))))
+    events.Reload()
+    content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    shown = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert {name: value.string_value or value.number_value for name, value in shown.items()} == {
+        "ratio": "1/4",
+        "window": 16,
+        "seed": 3,
+    }
 
 
 def test_the_saved_recipe_is_resolved_and_repeats_the_run(run: Path, tmp_path: Path) -> None:

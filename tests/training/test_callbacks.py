@@ -184,7 +184,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     module, datamodule = tiny.module(), tiny.data(turns=1)
     summary, throughput = RunSummary(), Throughput()
     callbacks: list[Callback] = [
-        *(throughput, MemoryMonitor(), StateNorms(), ExampleImages(2), HParams({"seed": 0}), ExactResume()),
+        *(throughput, MemoryMonitor(), StateNorms(), ExampleImages(2), HParams(0), ExactResume()),
         *(Checkpoints(every_n_steps=3, monitor="val/loss", mode="min"), ExportModel(), summary, PredictionWriter()),
     ]
     trainer = tiny.trainer(tmp_path_factory.mktemp("run"), 8, callbacks, validate=4)

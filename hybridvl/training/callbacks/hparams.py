@@ -14,18 +14,22 @@ DEFAULT_METRICS = ("val/loss", "val/token_accuracy", "val/exact", "test/exact", 
 
 
 class HParams(Callback):
-    """Declares the run's settings and the tags of its metrics when the fit starts.
+    """Declares the run's settings, or its labels alone where it has some, and the tags of its metrics at the start.
 
     HParams reads a metric from the scalars of that tag, so the page shows the latest real value at any time, also of
     a run that was killed; no placeholder is ever written.
 
     Args:
-        settings: further settings to show, by name.
+        seed: of the run.
+        labels: what tells the run from others; empty: the usual settings are shown.
         metrics: tags of the metrics' columns.
     """
 
-    def __init__(self, settings: Mapping[str, Any] | None = None, metrics: Sequence[str] = DEFAULT_METRICS) -> None:
-        self.settings = dict(settings or {})
+    def __init__(
+        self, seed: object = "", labels: Mapping[str, str] | None = None, metrics: Sequence[str] = DEFAULT_METRICS
+    ) -> None:
+        self.seed = seed
+        self.labels = dict(labels or {})
         self.metrics = tuple(metrics)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -34,7 +38,8 @@ class HParams(Callback):
             return
         from torch.utils.tensorboard.summary import hparams
 
-        settings = {**_settings(pl_module), "seed": self.settings.get("seed", ""), **self.settings}
+        labels = {name: _number(text) for name, text in self.labels.items()}
+        settings = {**(labels or _settings(pl_module)), "seed": self.seed}
         values = {name: _plain(value) for name, value in settings.items()}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -57,6 +62,14 @@ def _settings(module: LightningModule) -> dict[str, Any]:
         "weight_decay": optimizer.weight_decay,
         "warmup_steps": optimizer.warmup_steps,
     }
+
+
+def _number(text: str) -> float | str:
+    """A label that is a number as one, so that the page sorts and filters by size."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _plain(value: Any) -> bool | int | float | str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from hybridvl.training.callbacks.throughput import Throughput
 from hybridvl.training.trainer import is_dry_run, run_folder
 from hybridvl.training.versions import versions
 
+FILE = "metrics.json"
+
 
 class RunSummary(Callback):
     """Writes metrics.json when a fit, a validation or a test ends.
 
     Keys: metrics (the latest value of each), pattern, parameters, trainable_parameters, steps, tokens, samples,
-    seconds (of training steps), skipped (samples that were too long, by split), checkpoint, versions.
+    seconds (of training steps), skipped (samples that were too long, by split), checkpoint, versions; and ended, the
+    time at which a fit was through with its test, too: whoever waits for a run looks for that.
     """
 
     def __init__(self) -> None:
@@ -59,6 +63,12 @@ class RunSummary(Callback):
         self._facts |= {"steps": trainer.global_step, "checkpoint": _checkpoint(trainer)}
         self._write(trainer, pl_module)
 
+    def finish(self, trainer: Trainer) -> None:
+        """Say in metrics.json that nothing of the fit is left to do."""
+        path = run_folder(trainer) / FILE
+        if trainer.is_global_zero and not is_dry_run(trainer) and path.exists():
+            write_json(path, {**_read(path), "ended": datetime.now(UTC).isoformat(timespec="seconds")})
+
     def state_dict(self) -> dict[str, Any]:
         """The metrics so far."""
         return {"metrics": dict(self.metrics)}
@@ -90,9 +100,11 @@ class RunSummary(Callback):
         if not trainer.is_global_zero or is_dry_run(trainer):
             return
         parameters = list(module.parameters())
-        path = run_folder(trainer) / "metrics.json"
+        path = run_folder(trainer) / FILE
         # A later validation or test of the run adds to what its fit has written.
-        earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        earlier = _read(path) if path.exists() else {}
+        if trainer.state.fn == "fit":
+            earlier.pop("ended", None)
         facts = {
             **earlier,
             "metrics": {**earlier.get("metrics", {}), **self.metrics},
@@ -109,6 +121,11 @@ class RunSummary(Callback):
 def _skipped(trainer: Trainer) -> dict[str, int]:
     found = [c.counts for c in trainer.callbacks if isinstance(c, SkippedSamples)]  # type: ignore[attr-defined]
     return found[0] if found else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -1,0 +1,67 @@
+"""How far a fit is, in a file that other processes watch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from hybridvl.training.callbacks.run_summary import write_json
+from hybridvl.training.callbacks.throughput import Throughput
+from hybridvl.training.trainer import is_dry_run, run_folder
+
+NAME = "progress.json"
+
+
+class ProgressFile(Callback):
+    """Writes progress.json in the run folder: a new one at most once a second, and at the end of every part of the fit.
+
+    Keys: doing ("train", "validate" or "test"), step, steps (null without an end), seconds and tokens of training so
+    far, metrics (the latest value of each).
+
+    Args:
+        clock: seconds from any origin, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._written = float("-inf")
+        self._metrics: dict[str, float] = {}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Write, unless it has just been done."""
+        if self._clock() - self._written >= 1:
+            self._write(trainer, "train")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write."""
+        self._write(trainer, "validate")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write."""
+        self._write(trainer, "train")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write."""
+        self._write(trainer, "test")
+
+    def _write(self, trainer: Trainer, doing: str) -> None:
+        if not trainer.is_global_zero or is_dry_run(trainer) or trainer.state.fn in ("validate", "predict"):
+            return
+        self._written = self._clock()
+        self._metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+        total = trainer.estimated_stepping_batches if trainer.state.fn == "fit" else trainer.global_step
+        speed = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+        facts: dict[str, Any] = {
+            "doing": doing,
+            "step": trainer.global_step,
+            "steps": None if total == float("inf") else int(total),
+            "seconds": 0.0 if speed is None else round(speed.seconds, 3),
+            "tokens": 0 if speed is None else speed.tokens,
+            "metrics": self._metrics,
+        }
+        write_json(run_folder(trainer) / NAME, facts)
