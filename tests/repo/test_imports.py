@@ -1,4 +1,4 @@
-"""Imports go one way: layers.ops <- layers <- pattern, models <- checkpoints <- data, training <- bench <- cli."""
+"""Imports go one way: layers.ops <- layers <- pattern, models <- checkpoints <- data <- bench <- ablation <- cli."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ LEVELS = [
     {"inference", "conversion"},
     {"training"},
     {"bench", "pipeline"},
+    {"ablation"},
     {"cli"},
     {"__main__"},
 ]

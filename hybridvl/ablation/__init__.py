@@ -1,0 +1,1 @@
+"""Ablations: many fits of one recipe along axes, fair budgets, and what their results say."""
