@@ -12,7 +12,8 @@ from typing import Any
 
 from hybridvl.checkpoints.files import parse_json, read_text, text_writer, write_files
 from hybridvl.layers.errors import ConfigError
-from hybridvl.pipeline.description import Stage, read_mapping
+from hybridvl.pipeline.description import Stage
+from hybridvl.pipeline.mappings import read_mapping
 
 DONE = "done.json"
 _RECORD = re.compile(r"version_(?P<number>[0-9]{1,9})(\.json)?")

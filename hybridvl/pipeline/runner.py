@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import shlex
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +13,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hybridvl.layers.errors import ConfigError
-from hybridvl.pipeline.description import Pipeline, Stage, filled
+from hybridvl.pipeline.description import Pipeline, Stage
+from hybridvl.pipeline.mappings import fit_words
 from hybridvl.pipeline.processes import Ended
 from hybridvl.pipeline.records import StageRun, find_run, new_run, stage_key
+from hybridvl.pipeline.references import filled
 
 Launch = Callable[[list[str]], Ended]
 
@@ -102,8 +103,7 @@ def fit_arguments(pipeline: Pipeline, step: Step, earlier: Sequence[Step]) -> li
     }
     if step.action == "resume":
         overrides["ckpt_path"] = str(step.run.checkpoint)
-    recipes = [word for path in step.stage.recipes for word in ("--config", str(path))]
-    return ["fit", *recipes, *(f"--{key}={_text(value)}" for key, value in overrides.items())]
+    return fit_words(step.stage.recipes, overrides)
 
 
 def _from(pipeline: Pipeline, start: str | None) -> set[str]:
@@ -182,7 +182,3 @@ def _only_process(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise ConfigError(f"{folder}: another process runs this pipeline now") from error
         yield
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from hybridvl.layers.errors import ConfigError
-from hybridvl.pipeline.description import filled, read_pipeline
+from hybridvl.pipeline.description import read_pipeline
+from hybridvl.pipeline.references import filled
 
 TEXT = """
 name: tiny-${values.seed}
