@@ -1,0 +1,257 @@
+"""The file that says what a study is: a recipe, the axes along which it varies, seeds, budgets and a baseline."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from hybridvl.ablation.axes import OWN, SAYS, Axis, label_of, read_axes, require_references
+from hybridvl.layers.errors import ConfigError, within
+from hybridvl.pipeline.mappings import (
+    read_mapping,
+    recipe_paths,
+    require_known,
+    require_mapping,
+    require_path,
+    yaml_value,
+)
+from hybridvl.pipeline.references import change_shared, filled, shared_values
+
+Budget = Literal["params", "flops", "state_bytes", "none"]
+
+_KEYS = (
+    *("name", "root", "recipe", "values", "overrides", "axes"),
+    *("seeds", "exclude", "baseline", "match", "metrics"),
+)
+_MATCH_KEYS = ("budget", "by", "context", "tolerance", "multiple_of")
+_MOST_SEEDS = 2**32  # of numpy
+DEFAULT_BY = "model.net.mlp_width"
+
+
+@dataclass(frozen=True)
+class Match:
+    """How the budgets of cells are made equal.
+
+    Attributes:
+        budget: what is equal: parameters, FLOPs per token, bytes of state, or nothing.
+        by: path of the whole number that is solved for.
+        context: tokens at which FLOPs and bytes are counted; None: the recipe's data.max_tokens.
+        tolerance: share of the baseline's budget by which a cell may differ.
+        multiple_of: what the number must be a multiple of.
+    """
+
+    budget: Budget = "none"
+    by: str = DEFAULT_BY
+    context: int | None = None
+    tolerance: float = 0.005
+    multiple_of: int = 1
+
+
+@dataclass(frozen=True)
+class Study:
+    """Runs of one recipe along axes; they lie in `folder`/CELL/seed_N.
+
+    Attributes:
+        path: the file.
+        name: of the study, and of its folder.
+        root: folder of all studies.
+        recipes: files given to `hybridvl fit` with --config; of several the later wins.
+        overrides: of every run, by path; `${axes.NAME}` still stands in them.
+        axes: what varies.
+        seeds: of every cell.
+        exclude: labels by axis; a cell that has all labels of an entry is left out.
+        baseline: labels by axis. A cell is compared with that cell which has these, and its own on the other axes.
+        match: which budget of the two is made equal.
+        metrics: tags of what is compared.
+    """
+
+    path: Path
+    name: str
+    root: Path
+    recipes: tuple[Path, ...]
+    overrides: Mapping[str, Any]
+    axes: tuple[Axis, ...]
+    seeds: tuple[int, ...]
+    exclude: tuple[Mapping[str, str], ...]
+    baseline: Mapping[str, str]
+    match: Match
+    metrics: tuple[str, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where the runs of all cells lie."""
+        return self.root / self.name
+
+    def combinations(self) -> list[dict[str, str]]:
+        """The labels of every cell by axis, in the order of the file: the last axis varies fastest."""
+        names = [axis.name for axis in self.axes]
+        grid = itertools.product(*(axis.values for axis in self.axes))
+        found = [dict(zip(names, labels, strict=True)) for labels in grid]
+        return [labels for labels in found if not any(entry.items() <= labels.items() for entry in self.exclude)]
+
+
+def read_study(path: Path, changes: Mapping[str, str] | None = None) -> Study:
+    """The study that a YAML file describes.
+
+    Args:
+        path: the file; recipes are looked up beside it.
+        changes: YAML text by path in the file, in place of what the file says: name, root, values.NAME,
+            overrides.PATH, axes.NAME.key, axes.NAME.values, match.KEY, and the other keys as a whole.
+
+    Raises:
+        ConfigError: naming the file, the place in it, what stands there and what is accepted.
+    """
+    content = read_mapping(path)
+    with within(str(path)):
+        for key, text in (changes or {}).items():
+            if not change_shared(content, key, text):
+                _change(content, key, yaml_value(key, text))
+        require_known("", content, _KEYS)
+        shared = shared_values(content)
+        recipes = recipe_paths("recipe", filled(content.get("recipe"), shared), path.parent, "study")
+        overrides = _overrides(content.get("overrides"), shared)
+        axes = read_axes(content.get("axes"), shared, [overrides])
+        for key, value in overrides.items():
+            require_references(f"overrides.{key}", value, shared, [axis.name for axis in axes])
+        study = Study(
+            path=path,
+            name=shared["name"],
+            root=Path(shared["root"]),
+            recipes=recipes,
+            overrides=overrides,
+            axes=axes,
+            seeds=_seeds(filled(content.get("seeds", [0]), shared)),
+            exclude=_exclude(filled(content.get("exclude"), shared), axes),
+            baseline=_baseline(filled(content.get("baseline"), shared), axes),
+            match=_match(filled(content.get("match"), shared)),
+            metrics=_metrics(filled(content.get("metrics"), shared)),
+        )
+        _check_cells(study)
+    return study
+
+
+def _overrides(given: Any, shared: Mapping[str, Any]) -> dict[str, Any]:
+    written = require_mapping("overrides", {} if given is None else given, "paths to values")
+    for key, value in written.items():
+        require_path(f"overrides.{key}", key, value, OWN, SAYS)
+    return {key: filled(value, shared) for key, value in written.items()}
+
+
+def _seeds(given: Any) -> tuple[int, ...]:
+    accepted = "expected a list of whole numbers from 0 on, such as [0, 1, 2]"
+    if not isinstance(given, list) or not given:
+        raise ConfigError(f"seeds: {given!r}; {accepted}")
+    for seed in given:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < _MOST_SEEDS:
+            raise ConfigError(f"seeds: {seed!r}; {accepted}")
+        if given.count(seed) > 1:
+            raise ConfigError(f"seeds: {seed} is given {given.count(seed)} times; expected each once")
+    return tuple(given)
+
+
+def _exclude(given: Any, axes: Sequence[Axis]) -> tuple[dict[str, str], ...]:
+    if given is None:
+        return ()
+    if not isinstance(given, list):
+        raise ConfigError(f"exclude: {given!r}; expected a list of mappings of axes to labels")
+    return tuple(_labels(f"exclude[{number}]", entry, axes) for number, entry in enumerate(given))
+
+
+def _baseline(given: Any, axes: Sequence[Axis]) -> dict[str, str]:
+    if given is None:
+        return {axis.name: next(iter(axis.values)) for axis in axes}
+    return _labels("baseline", given, axes)
+
+
+def _labels(place: str, given: Any, axes: Sequence[Axis]) -> dict[str, str]:
+    """Labels by axis, each one that its axis has."""
+    content = require_mapping(place, given, "axes to labels")
+    if not content:
+        raise ConfigError(f"{place}: {{}}; expected the label of at least one axis")
+    by_name = {axis.name: axis for axis in axes}
+    require_known(f"{place}.", content, list(by_name))
+    found = {name: label_of(label) for name, label in content.items()}
+    for name, label in found.items():
+        _require_label(f"{place}.{name}", label, by_name[name].values)
+    return found
+
+
+def _require_label(place: str, label: str, known: Iterable[str]) -> None:
+    """Raise ConfigError for a label that an axis does not have."""
+    if label not in known:
+        raise ConfigError(f"{place}: {label!r} is no label of the axis; its labels are {', '.join(map(repr, known))}")
+
+
+def _match(given: Any) -> Match:
+    content = {"budget": given} if isinstance(given, str) else given
+    content = require_mapping("match", {} if content is None else content, ", ".join(_MATCH_KEYS))
+    require_known("match.", content, _MATCH_KEYS)
+    budget = content.get("budget", "none")
+    if budget not in get_args(Budget):
+        raise ConfigError(f"match.budget: {budget!r}; expected one of {', '.join(get_args(Budget))}")
+    by = content.get("by")
+    if by is None and budget == "state_bytes":
+        raise ConfigError(
+            "match.by: missing; the bytes of a state do not depend on the MLPs: expected the path of a whole "
+            "number that they depend on, such as model.net.mixers.swa.window"
+        )
+    by = DEFAULT_BY if by is None else by
+    require_path(f"match.by: {by!r}", by, by, OWN, SAYS)
+    for key in ("context", "multiple_of"):
+        value = content.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError(f"match.{key}: {value!r}; expected a whole number of at least 1")
+    tolerance = content.get("tolerance", Match.tolerance)
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 < tolerance < 1:
+        raise ConfigError(f"match.tolerance: {tolerance!r}; expected a share between 0 and 1, such as 0.005")
+    return Match(budget, by, content.get("context"), float(tolerance), content.get("multiple_of") or 1)
+
+
+def _metrics(given: Any) -> tuple[str, ...]:
+    given = [] if given is None else given
+    if not isinstance(given, list) or not all(isinstance(tag, str) and tag for tag in given):
+        raise ConfigError(f"metrics: {given!r}; expected a list of tags, such as [test/exact]")
+    return tuple(dict.fromkeys(given))
+
+
+def _check_cells(study: Study) -> None:
+    combinations = study.combinations()
+    if not combinations:
+        raise ConfigError(f"exclude: leaves no cell of {_count(study.axes)}; expected at least one")
+    if not any(study.baseline.items() <= labels.items() for labels in combinations):
+        shown = ", ".join(f"{name}: {label}" for name, label in study.baseline.items())
+        raise ConfigError(f"baseline: {{{shown}}} is excluded; expected labels of a cell that is not")
+
+
+def _count(axes: Sequence[Axis]) -> int:
+    count = 1
+    for axis in axes:
+        count *= len(axis.values)
+    return count
+
+
+def _change(content: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value in the place of what the file says."""
+    section, _, rest = key.partition(".")
+    if rest and section == "overrides":
+        content[section] = {**(content.get(section) or {}), rest: value}
+    elif rest and section == "match":
+        require_known("match.", [rest], _MATCH_KEYS)
+        given = content.get(section) or {}
+        content[section] = {**({"budget": given} if isinstance(given, str) else given), rest: value}
+    elif rest and section == "axes":
+        name, _, leaf = rest.partition(".")
+        axes = require_mapping("axes", content.get("axes") or {}, "names to {key, values}")
+        require_known("axes.", [name], [str(axis) for axis in axes])
+        require_known(f"axes.{name}.", [leaf], ("key", "values"))
+        require_mapping(f"axes.{name}", axes[name], "key and values")[leaf] = value
+    elif not rest and section in ("recipe", "seeds", "exclude", "baseline", "match", "metrics"):
+        content[section] = value
+    else:
+        raise ConfigError(
+            f"{key}: expected name, root, recipe, values.NAME, overrides.PATH, axes.NAME.values, axes.NAME.key, "
+            "match.KEY, seeds, exclude, baseline or metrics"
+        )
