@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from hybridvl.data import ChatDataModule, ImageConfig
 from hybridvl.data.digits import scan_splits, scans
-from hybridvl.data.probes.frame_recall import FrameRecall, FrameSource
+from hybridvl.data.probes.frame_recall import FrameRecall, Stream
+from hybridvl.data.probes.probe import ProbeSource
 from hybridvl.layers.errors import ConfigError
 
 
@@ -94,7 +95,7 @@ def test_answers_are_the_digits_of_the_frames_asked_for(
 def test_streams_use_the_scans_of_their_split_alone() -> None:
     for split, numbers in scan_splits().items():
         source = FrameRecall(frames=20).source(split, seed=3)
-        used = {int(number) for stream in range(60) for number in source.stream(stream, epoch=2).scans}
+        used = {int(number) for stream in range(60) for number in source.drawn(stream, epoch=2).scans}
         assert used <= set(numbers.tolist())
         assert len(used) > 150
 
@@ -102,7 +103,7 @@ def test_streams_use_the_scans_of_their_split_alone() -> None:
 def test_streams_follow_from_seed_split_epoch_and_number() -> None:
     def stream(split: Any, seed: int, index: int, epoch: int) -> bytes:
         source = FrameRecall().source(split, seed)
-        made = source.stream(index, epoch)
+        made = source.drawn(index, epoch)
         shown = [label for label, _ in parts_of(source.sample(index, epoch))]
         assert shown == made.labels
         return made.scans.tobytes()
@@ -112,8 +113,8 @@ def test_streams_follow_from_seed_split_epoch_and_number() -> None:
     assert stream("val", 0, 5, 0) == stream("val", 0, 5, 7)
 
 
-def _lags(source: FrameSource, count: int = 600) -> list[int]:
-    streams = (source.stream(index) for index in range(count))
+def _lags(source: ProbeSource[Stream], count: int = 600) -> list[int]:
+    streams = (source.drawn(index) for index in range(count))
     return [len(stream.labels) - asked for stream in streams for asked in stream.asked]
 
 
@@ -141,7 +142,7 @@ def test_labels_do_not_give_the_answer_away() -> None:
     source = FrameRecall(frames=12).source("train", 0)
     rows = []
     for index in range(2000):
-        stream = source.stream(index)
+        stream = source.drawn(index)
         asked = stream.asked[0]
         rows.append((stream.labels[asked], asked, int(scans()[1][stream.scans[asked]])))
     for key in (0, 1):

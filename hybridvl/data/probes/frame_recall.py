@@ -8,12 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridvl.data.digits import scan_splits, scans
-from hybridvl.data.scans import render_page
-from hybridvl.data.task import Sample, Source, Split, Task, require_span, require_split, sample_rng
+from hybridvl.data.probes.frames import frame_parts
+from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix, require_share
+from hybridvl.data.probes.symbols import LETTERS, LONGEST_STREAM, letters_text, require_labels
+from hybridvl.data.task import Split, require_span
 from hybridvl.layers.errors import ConfigError
-
-_ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_MOST_FRAMES = 100_000
 
 
 class Stream(NamedTuple):
@@ -28,7 +27,7 @@ class Stream(NamedTuple):
     asked: list[int]
 
 
-class FrameRecall(Task):
+class FrameRecall(Probe[Stream]):
     """Streams of scanned digits as frames, with questions about labelled ones: "Which digit was frame K?".
 
     A labelled frame has its label, capital letters, in the text before it. Labels differ within a stream and mean
@@ -37,7 +36,7 @@ class FrameRecall(Task):
     items they begin with "items_5_8_".
 
     A stream is determined by (seed, split, epoch, number): training streams never repeat, validation and test streams
-    are always the same. No scan is in two splits.
+    are always the same. No scan is in two splits. Guessing is right one time in ten.
 
     Args:
         frames: fewest and most frames of a stream, or how many each has.
@@ -68,22 +67,14 @@ class FrameRecall(Task):
         val_streams: int = 256,
         test_streams: int = 1_000,
     ) -> None:
-        self.frames = require_span("data.task.frames", frames, _MOST_FRAMES)
-        self.items = None if items is None else require_span("data.task.items", items, _MOST_FRAMES)
-        self.lag = None if lag is None else require_span("data.task.lag", lag, _MOST_FRAMES)
-        self.streams = {"train": train_streams, "val": val_streams, "test": test_streams}
         sizes = {"letters": letters, "size": size, "turns": turns, "eval_turns": eval_turns}
-        for name, value in {**sizes, **{f"{split}_streams": count for split, count in self.streams.items()}}.items():
-            if value < 1:
-                raise ConfigError(f"data.task.{name}: {value}; expected at least 1")
-        if not 0 <= augment <= 2:
-            raise ConfigError(f"data.task.augment: {augment}; expected a number from 0 to 2")
-        labels = len(_ALPHABET) ** letters
+        super().__init__((train_streams, val_streams, test_streams), "streams", sizes)
+        self.frames = require_span("data.task.frames", frames, LONGEST_STREAM)
+        self.items = None if items is None else require_span("data.task.items", items, LONGEST_STREAM)
+        self.lag = None if lag is None else require_span("data.task.lag", lag, LONGEST_STREAM)
+        require_share("augment", augment, 2)
         most = self.frames[1] if self.items is None else min(self.items[1], self.frames[1])
-        if most > labels:
-            raise ConfigError(
-                f"data.task.letters: {letters}, which give {labels} labels; expected enough for {most} labelled frames"
-            )
+        require_labels(letters, most, "labelled frames")
         if self.lag is not None and self.lag[0] > self.frames[0]:
             raise ConfigError(
                 f"data.task.lag: {list(self.lag)}; expected a smallest lag of at most the fewest frames, "
@@ -95,76 +86,36 @@ class FrameRecall(Task):
         self.eval_turns = eval_turns
         self.augment = augment
 
-    def source(self, split: Split, seed: int) -> FrameSource:
-        """The streams of a split."""
-        require_split(split)
-        return FrameSource(self, split, seed)
-
-
-class FrameSource(Source):
-    """The streams of one split of a `FrameRecall` task."""
-
-    def __init__(self, task: FrameRecall, split: Split, seed: int) -> None:
-        self.task = task
-        self.split = split
-        self.seed = seed
-        self.training = split == "train"
-
-    def __len__(self) -> int:
-        return self.task.streams[self.split]
-
-    def sample(self, index: int, epoch: int) -> Sample:
-        """Stream `index` with its questions; evaluation streams are the same in every epoch."""
-        rng = sample_rng(self.seed, self.split, index, epoch)
-        stream = self._stream(rng)
-        augment = self.task.augment if self.training else 0.0
-        strip = render_page(scans()[0], stream.scans[:, None], self.task.size, augment, rng)
-        parts: list[dict[str, Any]] = []
-        for frame, label in zip(np.split(strip, len(stream.labels)), stream.labels, strict=True):
-            parts += [{"type": "text", "text": label}] if label else []
-            parts.append({"type": "image", "image": frame})
-        messages: list[dict[str, Any]] = []
-        for number, asked in enumerate(stream.asked):
-            question = {"type": "text", "text": f"Which digit was frame {stream.labels[asked]}?"}
-            messages.append({"role": "user", "content": [*parts, question] if number == 0 else [question]})
-            messages.append({"role": "assistant", "content": str(scans()[1][stream.scans[asked]])})
-        return {"messages": messages, "kinds": [self._kind(stream, asked) for asked in stream.asked]}
-
-    def stream(self, index: int, epoch: int = 0) -> Stream:
-        """What stream `index` shows and asks for."""
-        return self._stream(sample_rng(self.seed, self.split, index, epoch))
-
-    def _stream(self, rng: np.random.Generator) -> Stream:
-        task = self.task
-        count = int(rng.integers(task.frames[0], task.frames[1] + 1))
-        labelled = count if task.items is None else min(count, int(rng.integers(task.items[0], task.items[1] + 1)))
-        nearest, farthest = (1, count) if task.lag is None else (task.lag[0], min(task.lag[1], count))
-        turns = min(task.turns if self.training else task.eval_turns, labelled, farthest - nearest + 1)
+    def draw(self, rng: np.random.Generator, split: Split) -> Stream:
+        """The frames of a stream, their labels, and which of them are asked for."""
+        count = int(rng.integers(self.frames[0], self.frames[1] + 1))
+        labelled = count if self.items is None else min(count, int(rng.integers(self.items[0], self.items[1] + 1)))
+        nearest, farthest = (1, count) if self.lag is None else (self.lag[0], min(self.lag[1], count))
+        turns = min(self.turns if split == "train" else self.eval_turns, labelled, farthest - nearest + 1)
         # What is asked for is drawn first, so that every lag that may be asked for is as likely as any other.
         asked = count - rng.choice(np.arange(nearest, farthest + 1), turns, replace=False)
         others = np.setdiff1d(np.arange(count), asked)
         places = np.concatenate([asked, rng.choice(others, labelled - turns, replace=False)])
         labels = [""] * count
-        names = rng.choice(len(_ALPHABET) ** task.letters, labelled, replace=False)
+        names = rng.choice(len(LETTERS) ** self.letters, labelled, replace=False)
         for place, name in zip(places.tolist(), names.tolist(), strict=True):
-            labels[place] = _label(name, task.letters)
-        return Stream(rng.choice(scan_splits()[self.split], size=count), labels, asked.tolist())
+            labels[place] = letters_text(name, self.letters)
+        return Stream(rng.choice(scan_splits()[split], size=count), labels, asked.tolist())
 
-    def _kind(self, stream: Stream, asked: int) -> str:
-        low, high = self.task.items or self.task.frames
-        items = f"items_{_bucket(sum(map(bool, stream.labels)))}_" if low < high else ""
-        return f"{items}lag_{_bucket(len(stream.labels) - asked)}"
+    def show(self, drawn: Stream, rng: np.random.Generator, split: Split) -> list[dict[str, Any]]:
+        """The frames, each with its label before it."""
+        augment = self.augment if split == "train" else 0.0
+        return frame_parts(drawn.scans, drawn.labels, self.size, augment, rng)
 
-
-def _label(number: int, letters: int) -> str:
-    text = ""
-    for _ in range(letters):
-        number, letter = divmod(number, len(_ALPHABET))
-        text = _ALPHABET[letter] + text
-    return text
-
-
-def _bucket(number: int) -> str:
-    """The numbers of about the same size, up to a power of two: "1", "2", "3_4", "5_8" and so on."""
-    high = 1 << (number - 1).bit_length()
-    return str(high) if high <= 2 else f"{high // 2 + 1}_{high}"
+    def ask(self, drawn: Stream) -> list[Asked]:
+        """Which digit some labelled frames were."""
+        return [
+            Asked(
+                f"Which digit was frame {drawn.labels[place]}?",
+                str(scans()[1][drawn.scans[place]]),
+                load_prefix("items", sum(map(bool, drawn.labels)), self.items or self.frames)
+                + f"lag_{bucket(len(drawn.labels) - place)}",
+                0.1,
+            )
+            for place in drawn.asked
+        ]
