@@ -25,7 +25,11 @@ from hybridvl.training.freezing import choose_trained
 from hybridvl.training.student import Pair, StudentConfig, replaced_layers, student_net
 
 ROOT = Path(__file__).parents[2]
-RECIPES = {str(path.relative_to(ROOT / "recipes")): path for path in sorted(ROOT.glob("recipes/*/*.yaml"))}
+RECIPES = {
+    str(path.relative_to(ROOT / "recipes")): path
+    for path in sorted(ROOT.glob("recipes/*/*.yaml"))
+    if path.parent.name != "probes"  # which no pipeline uses
+}
 PIPELINES = [name for name, path in RECIPES.items() if "stages" in yaml.safe_load(path.read_text())]
 PUBLISHED = ROOT / "tests" / "data" / "qwen2_5_vl_published" / "3B.json"
 
