@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -98,6 +99,11 @@ def cell_name(labels: Mapping[str, str]) -> str:
         return name
     digest = _digest(json.dumps(labels))
     return f"{name[: _LONGEST_NAME - len(digest)]}{digest}"
+
+
+def with_override(cell: Cell, path: str, value: Any) -> Cell:
+    """The cell with a value of the recipe changed; its name stays."""
+    return dataclasses.replace(cell, overrides=_folded({**cell.overrides, path: value}))
 
 
 def _cell(study: Study, labels: dict[str, str]) -> Cell:

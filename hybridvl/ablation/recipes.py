@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hybridvl.layers.errors import ConfigError
+from hybridvl.checkpoints import read_config
+from hybridvl.conversion.target import target_config
+from hybridvl.layers.errors import ConfigError, within
+from hybridvl.models.config import ModelConfig
 from hybridvl.pattern import PatternError, parse_pattern
 
 # What a later file or a flag gives as a whole.
@@ -37,11 +42,71 @@ def same_recipe(recipe: Mapping[str, Any]) -> str:
 
 def resolved_section(recipe: Mapping[str, Any], path: str) -> Any:
     """A section of a recipe with its interpolations put in; None if there is none."""
+    section: Any = recipe
+    for key in path.split("."):
+        section = section.get(key) if isinstance(section, Mapping) else None
+    if "${" not in json.dumps(section, default=str):
+        return section  # OmegaConf takes long to wrap a whole recipe
     try:
         found = OmegaConf.select(OmegaConf.create(dict(recipe)), path)
         return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def recipe_model(recipes: Sequence[Mapping[str, Any]], overrides: Mapping[str, Any]) -> ModelConfig:
+    """The model that is trained: of model.net, of model.source, or the student of model.student.
+
+    Raises:
+        ConfigError: a mistake in it, or a teacher or source that is no folder here: what is on a hub is left there.
+    """
+    recipe = merged_recipe(recipes, overrides)
+    stage = resolved_section(recipe, "run.stage") or "supervised"
+    if stage != "supervised":
+        return _student(resolved_section(recipe, "model.student"))
+    net = resolved_section(recipe, "model.net")
+    source = resolved_section(recipe, "model.source")
+    # As for a fit, single values of model.net change what the source says, and a section of it takes its place.
+    if source is not None and "model.net" not in overrides:
+        given = resolved_section(merged_recipe(recipes, {}), "model.net")
+        net = _join(_config("model.source", source).to_dict(), net or {}, "model.net.") if given is None else net
+    if net is None:
+        raise ConfigError("model.net: missing; expected the sizes of a model there, or a folder as model.source")
+    model = ModelConfig.from_dict(net, "model.net")
+    with within("model.net.pattern"):
+        parse_pattern(model.pattern, model.mixers)
+    return model
+
+
+def recipe_context(recipe: Mapping[str, Any]) -> int | None:
+    """Tokens of the longest conversation, data.max_tokens; None where the recipe leaves it open."""
+    found = resolved_section(recipe, "data.max_tokens")
+    return found if isinstance(found, int) else None
+
+
+def recipe_dtype(recipe: Mapping[str, Any]) -> torch.dtype:
+    """The dtype in which the trained model is run, by trainer.precision."""
+    precision = str(resolved_section(recipe, "trainer.precision") or "")
+    names = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+    return next((dtype for name, dtype in names.items() if precision.startswith(name)), torch.float32)
+
+
+def _student(student: Any) -> ModelConfig:
+    values = student if isinstance(student, Mapping) else {}
+    for key in ("teacher", "pattern"):
+        if not isinstance(values.get(key), str):
+            raise ConfigError(f"model.student.{key}: {values.get(key)!r}; expected text")
+    teacher = _config("model.student.teacher", values["teacher"])
+    with within("model.student"):
+        return target_config(teacher, values["pattern"], values.get("mixers"), "mixers")
+
+
+def _config(place: str, folder: Any) -> ModelConfig:
+    """The configuration of a model in a folder."""
+    if not Path(str(folder)).is_dir():
+        raise ConfigError(f"{place}: {folder}: no such folder here; what the model costs is known once it is there")
+    with within(place):
+        return read_config(folder)
 
 
 def _join(below: Mapping[str, Any], above: Mapping[str, Any], place: str, flag: str = "") -> dict[str, Any]:

@@ -20,7 +20,8 @@ from hybridvl.pipeline.mappings import (
 )
 from hybridvl.pipeline.references import change_shared, filled, shared_values
 
-Budget = Literal["params", "flops", "state_bytes", "none"]
+Budget = Literal["params", "flops", "state_bytes"]
+DEFAULT_BY = "model.net.mlp_width"
 
 _KEYS = (
     *("name", "root", "recipe", "values", "overrides", "axes"),
@@ -28,23 +29,23 @@ _KEYS = (
 )
 _MATCH_KEYS = ("budget", "by", "context", "tolerance", "multiple_of")
 _MOST_SEEDS = 2**32  # of numpy
-DEFAULT_BY = "model.net.mlp_width"
+_NO_MATCH = "none"
 
 
 @dataclass(frozen=True)
 class Match:
-    """How the budgets of cells are made equal.
+    """One budget that is made equal to the baseline's.
 
     Attributes:
-        budget: what is equal: parameters, FLOPs per token, bytes of state, or nothing.
-        by: path of the whole number that is solved for.
+        budget: parameters, FLOPs per token, or bytes of state.
+        by: paths of whole numbers; the first with which a cell comes close enough is solved for.
         context: tokens at which FLOPs and bytes are counted; None: the recipe's data.max_tokens.
         tolerance: share of the baseline's budget by which a cell may differ.
         multiple_of: what the number must be a multiple of.
     """
 
-    budget: Budget = "none"
-    by: str = DEFAULT_BY
+    budget: Budget
+    by: tuple[str, ...] = (DEFAULT_BY,)
     context: int | None = None
     tolerance: float = 0.005
     multiple_of: int = 1
@@ -64,7 +65,7 @@ class Study:
         seeds: of every cell.
         exclude: labels by axis; a cell that has all labels of an entry is left out.
         baseline: labels by axis. A cell is compared with that cell which has these, and its own on the other axes.
-        match: which budget of the two is made equal.
+        matches: which budgets of the two are made equal, one after the other.
         metrics: tags of what is compared.
     """
 
@@ -77,7 +78,7 @@ class Study:
     seeds: tuple[int, ...]
     exclude: tuple[Mapping[str, str], ...]
     baseline: Mapping[str, str]
-    match: Match
+    matches: tuple[Match, ...]
     metrics: tuple[str, ...]
 
     @property
@@ -126,7 +127,7 @@ def read_study(path: Path, changes: Mapping[str, str] | None = None) -> Study:
             seeds=_seeds(filled(content.get("seeds", [0]), shared)),
             exclude=_exclude(filled(content.get("exclude"), shared), axes),
             baseline=_baseline(filled(content.get("baseline"), shared), axes),
-            match=_match(filled(content.get("match"), shared)),
+            matches=_matches(filled(content.get("match"), shared)),
             metrics=_metrics(filled(content.get("metrics"), shared)),
         )
         _check_cells(study)
@@ -185,29 +186,43 @@ def _require_label(place: str, label: str, known: Iterable[str]) -> None:
         raise ConfigError(f"{place}: {label!r} is no label of the axis; its labels are {', '.join(map(repr, known))}")
 
 
-def _match(given: Any) -> Match:
+def _matches(given: Any) -> tuple[Match, ...]:
+    several = given if isinstance(given, list) else [given]
+    found: list[Match] = []
+    for number, entry in enumerate(several):
+        match = _match(f"match[{number}]" if isinstance(given, list) else "match", entry)
+        if match is not None and match.budget in [other.budget for other in found]:
+            raise ConfigError(f"match[{number}].budget: {match.budget!r} is matched already; expected each budget once")
+        found += [] if match is None else [match]
+    return tuple(found)
+
+
+def _match(place: str, given: Any) -> Match | None:
     content = {"budget": given} if isinstance(given, str) else given
-    content = require_mapping("match", {} if content is None else content, ", ".join(_MATCH_KEYS))
-    require_known("match.", content, _MATCH_KEYS)
-    budget = content.get("budget", "none")
-    if budget not in get_args(Budget):
-        raise ConfigError(f"match.budget: {budget!r}; expected one of {', '.join(get_args(Budget))}")
+    content = require_mapping(place, {} if content is None else content, ", ".join(_MATCH_KEYS))
+    require_known(f"{place}.", content, _MATCH_KEYS)
+    budget = content.get("budget", _NO_MATCH)
+    if budget not in (*get_args(Budget), _NO_MATCH):
+        raise ConfigError(f"{place}.budget: {budget!r}; expected one of {', '.join((*get_args(Budget), _NO_MATCH))}")
     by = content.get("by")
     if by is None and budget == "state_bytes":
         raise ConfigError(
-            "match.by: missing; the bytes of a state do not depend on the MLPs: expected the path of a whole "
-            "number that they depend on, such as model.net.mixers.swa.window"
+            f"{place}.by: missing; a state does not depend on the MLPs: expected the path of a whole number that it "
+            "depends on, such as model.net.mixers.swa.window"
         )
-    by = DEFAULT_BY if by is None else by
-    require_path(f"match.by: {by!r}", by, by, OWN, SAYS)
+    paths = [DEFAULT_BY] if by is None else by if isinstance(by, list) else [by]
+    for path in paths:
+        require_path(f"{place}.by: {path!r}", path, path, OWN, SAYS)
     for key in ("context", "multiple_of"):
         value = content.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ConfigError(f"match.{key}: {value!r}; expected a whole number of at least 1")
+            raise ConfigError(f"{place}.{key}: {value!r}; expected a whole number of at least 1")
     tolerance = content.get("tolerance", Match.tolerance)
     if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or not 0 < tolerance < 1:
-        raise ConfigError(f"match.tolerance: {tolerance!r}; expected a share between 0 and 1, such as 0.005")
-    return Match(budget, by, content.get("context"), float(tolerance), content.get("multiple_of") or 1)
+        raise ConfigError(f"{place}.tolerance: {tolerance!r}; expected a share between 0 and 1, such as 0.005")
+    if budget == _NO_MATCH:
+        return None
+    return Match(budget, tuple(paths), content.get("context"), float(tolerance), content.get("multiple_of") or 1)
 
 
 def _metrics(given: Any) -> tuple[str, ...]:
@@ -241,7 +256,11 @@ def _change(content: dict[str, Any], key: str, value: Any) -> None:
     elif rest and section == "match":
         require_known("match.", [rest], _MATCH_KEYS)
         given = content.get(section) or {}
-        content[section] = {**({"budget": given} if isinstance(given, str) else given), rest: value}
+        given = {"budget": given} if isinstance(given, str) else given
+        content[section] = {
+            **require_mapping("match", given, "keys to values, as one of several is changed"),
+            rest: value,
+        }
     elif rest and section == "axes":
         name, _, leaf = rest.partition(".")
         axes = require_mapping("axes", content.get("axes") or {}, "names to {key, values}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -185,6 +186,7 @@ def _layer_cost(
     )
 
 
+@lru_cache(maxsize=256)
 def _meta_params(build: type[nn.Module], *arguments: object) -> int:
     """Parameters of a module, built without memory."""
     with torch.device("meta"):
