@@ -1,0 +1,133 @@
+"""All that a report says, before it is written: cells, results of every metric, costs, what went wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hybridvl.ablation.report.cells import (
+    Cell,
+    Result,
+    Settings,
+    chosen_metrics,
+    compare_metric,
+    find_baselines,
+    group,
+    logged_metrics,
+)
+from hybridvl.ablation.report.costs import Costs, cell_costs
+from hybridvl.ablation.report.labels import text
+from hybridvl.ablation.report.runs import DONE, Collected, Run
+from hybridvl.layers.errors import ConfigError, within
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What a report says.
+
+    Attributes:
+        runs: all of them.
+        cells: groups of runs that differ in their seed alone.
+        settings: how they are compared.
+        baselines: for each cell the index of the cell that it is compared with, or None.
+        metrics: those that the report is about.
+        logged: every metric that any run has.
+        results: of each cell, by metric; of all that were logged.
+        costs: of each cell.
+        notes: what a reader must know about labels and settings.
+        warnings: files that could not be read, numbers that are none.
+    """
+
+    runs: Sequence[Run]
+    cells: Sequence[Cell]
+    settings: Settings
+    baselines: Sequence[int | None]
+    metrics: Sequence[str]
+    logged: Sequence[str]
+    results: Mapping[str, Sequence[Result]]
+    costs: Sequence[Costs]
+    notes: Sequence[str]
+    warnings: Sequence[str]
+
+    @property
+    def statuses(self) -> dict[str, int]:
+        """How many runs ended how, those that are done first."""
+        counts = Counter(run.status for run in self.runs)
+        return {name: counts[name] for name in sorted(counts, key=lambda name: (name != DONE, name))}
+
+    @property
+    def left_out(self) -> list[tuple[Run, str]]:
+        """Runs that no mean is taken over, each with the reason."""
+        out = [(run, f"{run.status}: {run.reason}") for run in self.runs if run.status != DONE]
+        return out + [entry for cell in self.cells for entry in cell.passed_over]
+
+
+def analyse(
+    collected: Collected, settings: Settings, metrics: Sequence[str] = (), context: int | None = None
+) -> Analysis:
+    """Group runs to cells and compare them.
+
+    Args:
+        collected: the runs, and the studies they belong to, whose order of labels, metrics and baseline are used where
+            nothing else is asked for.
+        settings: how they are compared; without a baseline that of the studies is taken.
+        metrics: what the report is about; none: the studies', or the share of exact answers.
+        context: tokens for which FLOPs and bytes of state are given; None: the longest sample of any run.
+
+    Raises:
+        ConfigError: a metric that no run logged, a baseline that no cell has, no run that was started.
+    """
+    runs = collected.runs
+    orders = {key: values for study in collected.studies for key, values in _orders(study).items()}
+    cells, notes = group(runs, orders)
+    if not settings.baseline:
+        settings = Settings(_baseline(collected.studies), settings.interval, settings.level)
+    baselines = find_baselines(cells, settings.baseline)
+    logged = logged_metrics(runs)
+    wanted = list(metrics)
+    if not wanted:
+        # A study names its metrics before any run has logged them.
+        named = dict.fromkeys(str(name) for study in collected.studies for name in study.get("metrics") or ())
+        wanted = [name for name in named if name in logged]
+        notes += [f"{name}: no run logged it yet" for name in named if name not in logged]
+    with within("--metrics" if metrics else ""):
+        shown = chosen_metrics(runs, wanted)
+    if not shown:
+        notes.append("no run has logged any metric yet")
+    warnings = list(collected.problems)
+    warnings += [f"{run.folder}: {problem}" for run in runs for problem in run.problems]
+    return Analysis(
+        runs=runs,
+        cells=cells,
+        settings=settings,
+        baselines=baselines,
+        metrics=shown,
+        logged=logged,
+        results={name: compare_metric(cells, name, baselines, settings) for name in logged},
+        costs=cell_costs(cells, context),
+        notes=notes,
+        warnings=warnings,
+    )
+
+
+def _orders(study: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The values of a study's axes, in its order."""
+    axes = study.get("axes")
+    found = {}
+    for name, axis in axes.items() if isinstance(axes, Mapping) else ():
+        values = axis.get("values") if isinstance(axis, Mapping) else None
+        if isinstance(values, Mapping | list):
+            found[str(name)] = [text(value) for value in values]
+    return found
+
+
+def _baseline(studies: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    given = [study.get("baseline") for study in studies]
+    found = [{str(k): text(v) for k, v in entry.items()} for entry in given if isinstance(entry, Mapping) and entry]
+    if not found:
+        return {}
+    if any(entry != found[0] for entry in found):
+        raise ConfigError(f"baseline: the studies have several, {found}; expected one, say which with --baseline")
+    return found[0]

@@ -1,0 +1,197 @@
+"""Runs grouped to cells, and what each cell's runs came to, with intervals over seeds and differences to a baseline."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hybridvl.ablation.report.labels import MISSING, differing, labelled, natural, short_names
+from hybridvl.ablation.report.runs import DONE, Run
+from hybridvl.ablation.statistics import LEVEL, Difference, Interval, Method, holm, mean_interval, paired_difference
+from hybridvl.layers.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Runs that differ in nothing but their seed.
+
+    Attributes:
+        labels: what tells the cell from others.
+        name: the labels as one line.
+        runs: all of them, whatever became of them.
+        used: the run of each seed that counts: of runs of one seed the newest that is done.
+        passed_over: runs that are done but do not count, and why.
+    """
+
+    labels: Mapping[str, str]
+    name: str
+    runs: tuple[Run, ...]
+    used: Mapping[int, Run]
+    passed_over: tuple[tuple[Run, str], ...] = ()
+
+    def values(self, metric: str) -> dict[int, float]:
+        """The metric by seed, of those runs that count and have it."""
+        return {seed: run.metrics[metric] for seed, run in self.used.items() if metric in run.metrics}
+
+
+@dataclass(frozen=True)
+class Result:
+    """A metric of a cell.
+
+    Attributes:
+        values: by seed.
+        interval: of their mean.
+        difference: to the baseline, seed by seed; None without a baseline and for the baseline itself.
+        p_corrected: p value of the difference by Holm, over all cells that this metric was compared in; NaN if none.
+    """
+
+    values: Mapping[int, float]
+    interval: Interval
+    difference: Difference | None = None
+    p_corrected: float = math.nan
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How runs are compared.
+
+    Attributes:
+        baseline: labels of what cells are compared with, see `find_baselines`; empty: no comparison.
+        interval: of means and differences, see `hybridvl.ablation.statistics`.
+        level: of the intervals.
+    """
+
+    baseline: Mapping[str, str] = field(default_factory=dict)
+    interval: Method = "t"
+    level: float = LEVEL
+
+
+def group(runs: Sequence[Run], orders: Mapping[str, Sequence[str]] | None = None) -> tuple[list[Cell], list[str]]:
+    """Cells in the order of their labels' values, and notes about labels for people.
+
+    orders: of the values of labels; others are sorted, numbers by value.
+    """
+    labels, together = labelled(runs)
+    keys = list(dict.fromkeys(key for found in labels for key in found))
+    keys.sort(key=lambda key: list(orders or {}).index(key) if key in (orders or {}) else len(orders or {}))
+    found: dict[tuple[str, ...], list[Run]] = {}
+    for run, own in zip(runs, labels, strict=True):
+        found.setdefault(tuple(own.get(key, MISSING) for key in keys), []).append(run)
+    known = [list(map(str, (orders or {}).get(key, ()))) for key in keys]
+
+    def order(values: tuple[str, ...]) -> list[Any]:
+        return [
+            (0, places.index(value), ()) if value in places else (1, 0, natural(value))
+            for value, places in zip(values, known, strict=True)
+        ]
+
+    short = short_names(keys)
+    cells = []
+    for values in sorted(found, key=order):
+        own = {key: value for key, value in zip(keys, values, strict=True) if value != MISSING}
+        name = ", ".join(f"{short[key]}={value}" for key, value in own.items()) or "all runs"
+        cells.append(_cell(own, name, found[values]))
+    notes = [f"{key}: changes together with {', '.join(others)}" for key, others in together.items() if others]
+    return cells, notes
+
+
+def find_baselines(cells: Sequence[Cell], labels: Mapping[str, str]) -> list[int | None]:
+    """For each cell the index of the one it is compared with: that has some labels, and the cell's own otherwise.
+
+    None for the cells that have those labels themselves, where there is no such cell, and without labels. A label's
+    key may be given by the short name that cells have.
+
+    Raises:
+        ConfigError: a label that no cell has.
+    """
+    if not labels:
+        return [None] * len(cells)
+    keys = list(dict.fromkeys(key for cell in cells for key in cell.labels))
+    by_short = {short: key for key, short in short_names(keys).items()}
+    wanted = {}
+    for given, value in labels.items():
+        key = given if given in keys else by_short.get(given)
+        if key is None:
+            raise ConfigError(f"baseline: {given}: no label; the labels are {', '.join(keys) or 'none'}")
+        values = list(dict.fromkeys(cell.labels.get(key, MISSING) for cell in cells))
+        if value not in values:
+            raise ConfigError(f"baseline: {given}: {value!r}; no run has it, there are {', '.join(values)}")
+        wanted[key] = value
+    place = {frozenset(cell.labels.items()): index for index, cell in enumerate(cells)}
+    found = [place.get(frozenset({**cell.labels, **wanted}.items())) for cell in cells]
+    return [None if there == index else there for index, there in enumerate(found)]
+
+
+def compare_metric(
+    cells: Sequence[Cell], metric: str, baselines: Sequence[int | None], settings: Settings
+) -> list[Result]:
+    """The metric of every cell, compared with that of its baseline."""
+    values = [cell.values(metric) for cell in cells]
+    differences = [
+        None if there is None or not own else paired_difference(own, values[there], settings.interval, settings.level)
+        for own, there in zip(values, baselines, strict=True)
+    ]
+    corrected = holm([math.nan if difference is None else difference.p for difference in differences])
+    return [
+        Result(own, mean_interval(list(own.values()), settings.interval, settings.level), difference, p)
+        for own, difference, p in zip(values, differences, corrected, strict=True)
+    ]
+
+
+def logged_metrics(runs: Sequence[Run]) -> list[str]:
+    """Every metric of any run: test first, then validation, training and the rest, each by name."""
+    first = {"test": 0, "val": 1, "train": 2}
+    names = {name for run in runs for name in run.metrics}
+    return sorted(names, key=lambda name: (first.get(name.split("/")[0], 3), natural(name)))
+
+
+def chosen_metrics(runs: Sequence[Run], wanted: Sequence[str]) -> list[str]:
+    """The metrics to look at; those that are named, or the exact share of the test, or what there is in its place.
+
+    Raises:
+        ConfigError: a metric that no run logged.
+    """
+    logged = logged_metrics(runs)
+    for name in wanted:
+        if name not in logged:
+            near = difflib.get_close_matches(name, logged, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(f"{name!r}: no run logged it; {hint}there are {', '.join(logged) or 'none'}")
+    if wanted:
+        return list(dict.fromkeys(wanted))
+    counts = Counter(name for run in runs if run.status == DONE for name in run.metrics)
+    usual = ("test/exact", "val/exact", "test/token_accuracy", "val/token_accuracy", "val/loss", "train/loss")
+    found = [name for name in usual if counts[name]]
+    # Runs that were not tested have no test metric: what most of them have says most.
+    return [max(found, key=lambda name: counts[name])] if found else logged[:1]
+
+
+def is_cost(metric: str) -> bool:
+    """Whether less of a metric is better."""
+    name = metric.split("/")[-1]
+    words = ("loss", "divergence", "entropy", "perplexity", "error", "seconds", "latency", "bytes", "step_s")
+    return any(word in name for word in words) or name.startswith("layer_")
+
+
+def _cell(labels: Mapping[str, str], name: str, runs: Sequence[Run]) -> Cell:
+    used: dict[int, Run] = {}
+    passed_over = []
+    nameless = -1
+    for run in sorted((run for run in runs if run.status == DONE), key=lambda run: (run.started, run.folder)):
+        seed = run.seed
+        if seed is None:  # runs that do not say their seed count each on their own
+            seed, nameless = nameless, nameless - 1
+        if seed in used:
+            passed_over.append((used[seed], _repeated(used[seed], run)))
+        used[seed] = run
+    return Cell(labels, name, tuple(runs), dict(sorted(used.items())), tuple(passed_over))
+
+
+def _repeated(older: Run, newer: Run) -> str:
+    keys = [key for key in differing([older.config, newer.config]) if not key.startswith("run.")]
+    also = f"; the two differ in {', '.join(keys)}" if keys else ""
+    return f"done, but {newer.name} has the same labels and seed and is newer{also}"

@@ -1,0 +1,133 @@
+"""What tells runs apart: labels they were given, or the settings in which their recipes differ."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from hybridvl.ablation.report.runs import Run
+
+MISSING = "-"
+_STAGE = "run.stage"
+_SEEDS = ("seed", "seed_everything")
+_PLACES = ("ckpt_path", "default_root_dir", "config")
+_NUMBER = re.compile(r"[-+]?\d+(\.\d+)?([eE][-+]?\d+)?|\d+/\d+")
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model.net.width": 64, ...}: every value that is no mapping by its dotted key; an empty mapping is a value."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Keys in which configurations differ, with the value of each as text, `MISSING` where a key is not there."""
+    flats = [flat(config) for config in configs]
+    keys = dict.fromkeys(key for values in flats for key in values)
+    found = {key: [text(values[key]) if key in values else MISSING for values in flats] for key in keys}
+    return {key: texts for key, texts in found.items() if len(set(texts)) > 1}
+
+
+def text(value: Any) -> str:
+    """A value as it would stand in a table."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def labelled(runs: Sequence[Run]) -> tuple[list[dict[str, str]], dict[str, list[str]]]:
+    """The labels of every run, and for each label the settings that always change together with it.
+
+    Runs without labels of their own get the settings in which they differ, seeds, folders and other places left out:
+    of settings that change together the first, in the order stage, pattern, then the least deep.
+    """
+    without = [run for run in runs if not run.labels]
+    different = differing([_compared(run) for run in without])
+    different = {key: texts for key, texts in different.items() if not all(map(_is_place, texts))}
+    chosen = _telling(different)
+    together = {
+        key: [other for other, texts in different.items() if other not in chosen and _same_parts(texts, different[key])]
+        for key in chosen
+    }
+    own = {
+        id(run): {key: different[key][index] for key in chosen if different[key][index] != MISSING}
+        for index, run in enumerate(without)
+    }
+    if len(without) < len(runs):
+        # Among runs with labels, those without have at least the name of their folder.
+        own = {id(run): labels or {"run": run.folder.parent.name} for run, labels in zip(without, own.values())}  # noqa: B905
+    return [dict(run.labels) or own[id(run)] for run in runs], together
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """The shortest end of each dotted key that no other one has: {"model.net.width": "width"}."""
+    names = list(keys)
+    found = {}
+    for key in names:
+        parts = key.split(".")
+        ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+        found[key] = next(
+            (end for end in ends if sum(other == end or other.endswith(f".{end}") for other in names) == 1), key
+        )
+    return found
+
+
+def natural(label: str) -> tuple[Any, ...]:
+    """A key to sort labels by: numbers and fractions by their value, before other texts by the numbers in them."""
+    if _NUMBER.fullmatch(label):
+        try:
+            return (0, float(Fraction(label)))
+        except (ValueError, ZeroDivisionError):
+            pass
+    return (1, [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", label) if part])
+
+
+def _compared(run: Run) -> dict[str, Any]:
+    """The recipe without what tells runs apart that are repetitions of each other."""
+    return {
+        key: value
+        for key, value in flat(run.config).items()
+        if (key == _STAGE or not key.startswith("run.")) and key.split(".")[-1] not in _SEEDS + _PLACES
+    }
+
+
+def _telling(different: Mapping[str, list[str]]) -> list[str]:
+    """Of settings by key, few that tell all apart that differ in any."""
+
+    def rank(key: str) -> tuple[Any, ...]:
+        return (key != _STAGE, key.split(".")[-1] != "pattern", MISSING in different[key], key.count("."))
+
+    chosen: list[str] = []
+    parts: list[tuple[str, ...]] = [()] * len(next(iter(different.values()), []))
+    for key in sorted(different, key=rank):
+        finer = [(*part, value) for part, value in zip(parts, different[key], strict=True)]
+        if len(set(finer)) > len(set(parts)):
+            chosen.append(key)
+            parts = finer
+    return chosen
+
+
+def _same_parts(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two settings tell the same runs apart."""
+    return len(set(one)) == len(set(other)) == len(set(zip(one, other, strict=True)))
+
+
+def _is_place(value: str) -> bool:
+    """Whether a text is the path of something here; missing values and null can stand beside paths."""
+    if value in (MISSING, "null"):
+        return True
+    return value.startswith(("/", "./", "../", "~")) or (value.count("/") > 1 and " " not in value) or _exists(value)
+
+
+def _exists(value: str) -> bool:
+    try:
+        return "/" in value and Path(value).exists()
+    except (OSError, ValueError):
+        return False

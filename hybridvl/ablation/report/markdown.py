@@ -1,0 +1,99 @@
+"""The report as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from hybridvl.ablation.report.analysis import Analysis
+from hybridvl.ablation.report.cells import is_cost
+from hybridvl.ablation.report.wording import UNKNOWN, counted, headline, method, number, probability, with_interval
+from hybridvl.plan.units import tokens, with_prefix
+
+HEAD = ("cell", "seeds", "mean", "difference to baseline", "p (Holm)")
+COST_HEAD = ("cell", "parameters", "FLOPs per token", "FLOPs of a decode step", "state", "decode step")
+
+
+def markdown(analysis: Analysis, figures: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+    """The whole report.
+
+    figures: for every metric, and "" for what belongs to none, file names with what they show.
+    """
+    parts = ["# Report", f"{headline(analysis)}.", method(analysis)]
+    for name in analysis.metrics:
+        better = " (lower is better)" if is_cost(name) else ""
+        parts += [f"## {name}{better}", _table(HEAD, metric_rows(analysis, name))]
+        parts += [f"![{alt}]({file})" for file, alt in figures.get(name, ())]
+    parts += ["## Costs", cost_sentence(analysis), _table(COST_HEAD, cost_rows(analysis))]
+    parts += [f"![{alt}]({file})" for file, alt in figures.get("", ())]
+    if analysis.left_out:
+        parts.append(f"## {counted(len(analysis.left_out), 'run')} that no mean is taken over")
+        rows = [(run.name, "" if run.seed is None else str(run.seed), why) for run, why in analysis.left_out]
+        parts.append(_table(("run", "seed", "why"), rows))
+    if analysis.notes:
+        parts += ["## Notes", _list(analysis.notes)]
+    if analysis.warnings:
+        parts += ["## Warnings", _list(analysis.warnings)]
+    parts.append(
+        f"All {len(analysis.logged)} metrics: of every run in report.csv, of every cell with intervals in cells.csv, "
+        "both in report.json and report.html."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def metric_rows(analysis: Analysis, metric: str) -> list[tuple[str, ...]]:
+    """A row of `HEAD` for every cell: how many of its runs the mean is over, mean and difference with intervals."""
+    rows: list[tuple[str, ...]] = []
+    for cell, result, baseline in zip(analysis.cells, analysis.results[metric], analysis.baselines, strict=True):
+        apart = result.difference
+        difference = UNKNOWN if apart is None else with_interval(apart.interval, "+")
+        if apart is not None and apart.interval.count < len(result.values):
+            difference += f" ({counted(apart.interval.count, 'pair')})"
+        if baseline is None and any(index is not None for index in analysis.baselines):
+            difference = "baseline" if _is_baseline(analysis, cell.name) else UNKNOWN
+        seeds = f"{len(result.values)} of {len(cell.runs)}"
+        rows.append((cell.name, seeds, with_interval(result.interval), difference, probability(result.p_corrected)))
+    return rows
+
+
+def cost_rows(analysis: Analysis) -> list[tuple[str, ...]]:
+    """A row of `COST_HEAD` for every cell."""
+    return [
+        (
+            cell.name,
+            UNKNOWN if cost.parameters is None else f"{cost.parameters:,}",
+            UNKNOWN if cost.flops is None else with_prefix(cost.flops, ""),
+            UNKNOWN if cost.decode_flops is None else with_prefix(cost.decode_flops, ""),
+            UNKNOWN if cost.state_bytes is None else with_prefix(cost.state_bytes, "B"),
+            UNKNOWN if cost.decode_seconds is None else f"{number(1e3 * cost.decode_seconds)} ms",
+        )
+        for cell, cost in zip(analysis.cells, analysis.costs, strict=True)
+    ]
+
+
+def cost_sentence(analysis: Analysis) -> str:
+    """What the costs are counted for."""
+    context = tokens(analysis.costs[0].context) if analysis.costs else UNKNOWN
+    return (
+        f"Counted from the models' configurations for {context} tokens: forward FLOPs of the decoder and its head per "
+        "token of one pass, and of one more token after it; the state of one row after it, in bfloat16."
+    )
+
+
+def _is_baseline(analysis: Analysis, name: str) -> bool:
+    return any(index is not None and analysis.cells[index].name == name for index in analysis.baselines)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(_escaped(entry) for entry in line) + " |" for line in lines)
+
+
+def _list(entries: Sequence[str]) -> str:
+    return "\n".join(f"- {_escaped(entry)}" for entry in entries)
+
+
+def _escaped(text: str) -> str:
+    """Text whose stars, bars and line ends Markdown leaves alone."""
+    for mark in ("\\", "|", "*", "_", "<", "`"):
+        text = text.replace(mark, f"\\{mark}")
+    return " ".join(text.split()) if "\n" in text else text

@@ -1,0 +1,169 @@
+"""`hybridvl report`: its files against figures worked out by other means, and what it refuses."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report_runs import recipe, write_run, write_study
+from scipy import stats
+
+from hybridvl.cli import main
+
+VALUES = {"0": [0.42, 0.40, 0.47], "1/4": [0.61, 0.66, 0.70], "1": [0.60, 0.68, 0.69]}
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    return write_study(tmp_path / "ratio", VALUES)
+
+
+def report(folder: Path) -> dict:
+    return json.loads((folder / "report" / "report.json").read_text())
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_figures_of_a_study(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(study)]) == 0
+    found = report(study)
+    assert found["statuses"] == {"done": 9}
+    assert [cell["labels"]["ratio"] for cell in found["cells"]] == ["0", "1/4", "1"]  # as the study has them
+    p_values = []
+    for cell in found["cells"]:
+        own = VALUES[cell["labels"]["ratio"]]
+        result = cell["metrics"]["test/exact"]
+        low, high = stats.t.interval(0.95, 2, np.mean(own), stats.sem(own))
+        assert [result[key] for key in ("mean", "low", "high")] == pytest.approx([np.mean(own), low, high])
+        if cell["baseline"] is not None:
+            expected = stats.ttest_rel(own, VALUES["0"])
+            difference = result["difference"]
+            assert difference["p"] == pytest.approx(expected.pvalue)
+            interval = expected.confidence_interval()
+            assert [difference["low"], difference["high"]] == pytest.approx([interval.low, interval.high])
+            p_values.append((difference["p"], difference["p_holm"]))
+    (small, small_corrected), (large, large_corrected) = sorted(p_values)
+    assert small_corrected == pytest.approx(2 * small)
+    assert large_corrected == pytest.approx(max(large, 2 * small))
+    printed = capsys.readouterr().out
+    assert "9 runs in 3 cells: 9 done" in printed
+    assert f"{np.mean(VALUES['1/4']):.3f} [" in printed
+
+
+def test_the_tables(study: Path) -> None:
+    assert main(["report", str(study)]) == 0
+    runs = rows(study / "report" / "report.csv")
+    assert len(runs) == 9
+    assert {(row["label ratio"], int(row["seed"]), float(row["test/exact"])) for row in runs} == {
+        (label, seed, value) for label, values in VALUES.items() for seed, value in enumerate(values)
+    }
+    cells = rows(study / "report" / "cells.csv")
+    assert {(row["label ratio"], row["metric"]) for row in cells} == {
+        (label, metric) for label in VALUES for metric in ("test/exact", "val/exact")
+    }
+    by_label = {row["label ratio"]: row for row in cells if row["metric"] == "test/exact"}
+    assert float(by_label["1"]["difference"]) == pytest.approx(np.mean(VALUES["1"]) - np.mean(VALUES["0"]))
+    assert by_label["0"]["difference"] == ""
+    text = (study / "report" / "report.md").read_text()
+    assert "9 runs in 3 cells: 9 done." in text
+    assert text.count("| ratio=") == 6  # results and costs
+
+
+def test_another_baseline_level_and_the_bootstrap(study: Path) -> None:
+    assert main(["report", str(study), "--baseline", "ratio=1", "--interval", "bootstrap", "--level", "90"]) == 0
+    found = report(study)
+    first = found["cells"][0]
+    assert (first["baseline"], found["cells"][2]["baseline"]) == ("ratio=1", None)
+    result = first["metrics"]["test/exact"]
+    # All three differences have one sign, which two of eight assignments of signs reach.
+    assert result["difference"]["p"] == 0.25
+    assert min(VALUES["0"]) <= result["low"] < result["mean"] < result["high"] <= max(VALUES["0"])
+
+
+def test_costs_are_those_of_the_plan(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(study)]) == 0
+    costs = report(study)["cells"][0]["costs"]
+    capsys.readouterr()
+    config = study / "ratio=0" / "seed_0" / "config.yaml"
+    assert main(["plan", "--config", str(config), "--context", "128", "--json", "-"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert costs["context"] == 128
+    assert costs["state_bytes"] == plan["state_bytes"]["128"]
+    assert costs["flops"] == pytest.approx(plan["flops_per_token"]["prefill"]["128"], abs=0.5)
+    assert costs["decode_flops"] == plan["flops_per_token"]["decode"]["128"]
+    assert costs["parameters"] == 1234  # what the run itself has counted
+
+
+def test_failed_runs_are_counted_and_named(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (study / "ratio=1" / "seed_2" / "metrics.json").unlink()
+    ended = {"status": 3, "signal": None, "reason": "train/loss is nan at step 40"}
+    (study / "ratio=1" / "seed_2.ended.json").write_text(json.dumps(ended))
+    assert main(["report", str(study)]) == 0
+    found = report(study)
+    assert found["statuses"] == {"done": 8, "failed": 1}
+    (entry,) = found["left_out"]
+    assert entry["reason"] == "failed: train/loss is nan at step 40"
+    last = found["cells"][2]["metrics"]["test/exact"]
+    assert last["values"] == {"0": 0.60, "1": 0.68}
+    # The baseline has a seed that this cell has not: two pairs are compared.
+    assert last["difference"]["by_seed"] == pytest.approx({"0": 0.18, "1": 0.28})
+    printed = capsys.readouterr().out
+    assert "9 runs in 3 cells: 8 done, 1 failed" in printed
+    assert "ratio=1/seed_2: failed: train/loss is nan at step 40" in printed
+    assert "2 of 3" in (study / "report" / "report.md").read_text()
+
+
+def test_a_corrupt_event_file_is_a_warning(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = (study / "ratio=0" / "seed_1").glob("events*")
+    path.write_bytes(b"x" * 100)
+    for _ in range(2):  # also when it is not read again
+        assert main(["report", str(study)]) == 0
+        shown = capsys.readouterr()
+        assert f"warning: {path.parent}: {path.name}: is corrupt: wrong checksum" in shown.err
+    assert "read         0 files anew" in shown.out
+    assert report(study)["statuses"] == {"done": 9}
+
+
+def test_without_a_baseline_nothing_is_compared(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path / "a" / f"version_{seed}", recipe(seed), {"test/exact": 0.5})
+    assert main(["report", str(tmp_path)]) == 0
+    (cell,) = report(tmp_path)["cells"]
+    assert "difference" not in cell["metrics"]["test/exact"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--metrics", "test/exakt"],
+            "'test/exakt': no run logged it; did you mean 'test/exact'? there are test/exact",
+        ),
+        (["--metrics", "speed"], "--metrics: 'speed': no run logged it; there are test/exact, val/exact"),
+        (["--baseline", "ratio"], "--baseline: 'ratio'; expected LABEL=VALUE"),
+        (["--baseline", "window=4"], "baseline: window: no label; the labels are ratio"),
+        (["--baseline", "ratio=1/3"], "baseline: ratio: '1/3'; no run has it, there are 0, 1/4, 1"),
+        (["--level", "100"], "--level: 100; expected a number above 0 and below 100"),
+        (["--context", "0"], "--context: 0; expected at least 1 token"),
+    ],
+)
+def test_mistakes(study: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert main(["report", str(study), *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+    assert not (study / "report").exists()
+
+
+def test_folders_that_are_none(tmp_path: Path, study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["report", str(study), "--out", str(tmp_path / "file")]) == 2
+    assert "is a file; expected a folder" in capsys.readouterr().err
