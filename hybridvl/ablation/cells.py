@@ -67,7 +67,7 @@ def cells(study: Study) -> list[Cell]:
         same = by_content.setdefault(same_recipe(merged_recipe(recipes, cell.overrides)), cell)
         if same is not cell:
             raise ConfigError(
-                f"{study.path}: axes: the cells {same.name} and {cell.name} are the same: both set "
+                f"{study.path}: axes: the cells {same.name} and {cell.name} are the same, as both set "
                 f"{json.dumps(cell.overrides, default=str)}; expected values that differ"
             )
     return found

@@ -88,10 +88,13 @@ class Study:
 
     def combinations(self) -> list[dict[str, str]]:
         """The labels of every cell by axis, in the order of the file: the last axis varies fastest."""
-        names = [axis.name for axis in self.axes]
-        grid = itertools.product(*(axis.values for axis in self.axes))
-        found = [dict(zip(names, labels, strict=True)) for labels in grid]
-        return [labels for labels in found if not any(entry.items() <= labels.items() for entry in self.exclude)]
+        return combinations({axis.name: list(axis.values) for axis in self.axes}, self.exclude)
+
+
+def combinations(labels: Mapping[str, Sequence[str]], exclude: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """One label of each axis in every way, the last axis fastest, but for those that have all labels of an entry."""
+    grid = [dict(zip(labels, chosen, strict=True)) for chosen in itertools.product(*labels.values())]
+    return [cell for cell in grid if not any(entry.items() <= cell.items() for entry in exclude)]
 
 
 def read_study(path: Path, changes: Mapping[str, str] | None = None) -> Study:
@@ -233,10 +236,10 @@ def _metrics(given: Any) -> tuple[str, ...]:
 
 
 def _check_cells(study: Study) -> None:
-    combinations = study.combinations()
-    if not combinations:
+    left = study.combinations()
+    if not left:
         raise ConfigError(f"exclude: leaves no cell of {_count(study.axes)}; expected at least one")
-    if not any(study.baseline.items() <= labels.items() for labels in combinations):
+    if not any(study.baseline.items() <= labels.items() for labels in left):
         shown = ", ".join(f"{name}: {label}" for name, label in study.baseline.items())
         raise ConfigError(f"baseline: {{{shown}}} is excluded; expected labels of a cell that is not")
 

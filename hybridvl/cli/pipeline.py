@@ -9,12 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf.errors import OmegaConfBaseException
 from rich.table import Table
 
 from hybridvl.cli.arguments import Arguments, take_flags
 from hybridvl.cli.output import table_console
-from hybridvl.layers.errors import ConfigError, within
+from hybridvl.layers.errors import within
 from hybridvl.pipeline.description import Pipeline, read_pipeline
 from hybridvl.pipeline.processes import Ended, run_process
 from hybridvl.pipeline.runner import StageFailed, Step, fit_arguments, plan_steps, run_pipeline
@@ -83,30 +82,10 @@ def _launch(arguments: list[str]) -> Ended:
 
 def _check(step: Step, arguments: Sequence[str]) -> None:
     """Have the command line read a stage's recipe and overrides, so that a mistake shows before any stage has run."""
-    from hybridvl.cli.training import TrainingCLI
-
-    class ReadOnly(TrainingCLI):
-        """Ends where models would be made."""
-
-        def _parse_ckpt_path(self) -> None:
-            """The stage itself will look at its checkpoint."""
-
-        def _set_seed(self) -> None:
-            """Nothing is drawn."""
-
-        def instantiate_classes(self) -> None:
-            """Nothing."""
-
-        def _run_subcommand(self, subcommand: str) -> None:
-            """Nothing."""
+    from hybridvl.cli.recipe_check import check_fit  # Lightning takes seconds to import
 
     if step.key is None and "model.source" in step.stage.overrides:
         # The folder that says what the model is may be still to come; any model will do here.
         arguments = [arguments[0], '--model.net={"pattern": "full"}', *arguments[1:]]
     with within(f"stages.{step.stage.name}"):
-        try:
-            ReadOnly(arguments[0], arguments[1:])
-        except SystemExit as refused:
-            raise ConfigError("refused for the reason above; no stage was started") from refused
-        except OmegaConfBaseException as error:
-            raise ConfigError(str(error).splitlines()[0]) from error
+        check_fit(arguments, "stage")

@@ -1,0 +1,144 @@
+"""study.yaml in a study's folder: what its runs have in common, so that another study does not mix with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hybridvl.ablation.recipes import merged_recipe
+from hybridvl.ablation.study import Study, combinations
+from hybridvl.checkpoints.files import read_text, text_writer, write_files
+from hybridvl.layers.errors import ConfigError
+from hybridvl.pipeline.mappings import read_mapping
+from hybridvl.pipeline.references import flat
+
+RECORD = "study.yaml"
+
+_SHOWN = 3  # differences that a message names
+_NOTHING = "not set"
+
+
+def record_study(study: Study, extend: bool = False) -> Path:
+    """Write what a study is into its folder; returns the file.
+
+    Keys of the file: name, root, recipe, overrides, axes (key, and values by label), seeds, exclude, baseline, match,
+    metrics, and base, which is what the recipes come to.
+
+    Args:
+        study: the study.
+        extend: whether cells and seeds may be added to those of the study that the folder holds.
+
+    Raises:
+        ConfigError: the folder holds another study. What its runs have in common cannot be changed even with `extend`,
+            and no run be left out. Names, folders and metrics are not compared.
+    """
+    path = study.folder / RECORD
+    content = _content(study)
+    before = read_text(path) if path.exists() else None
+    if before is not None:
+        _compare(path, read_mapping(path), study, content, extend)
+    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    if before != text:
+        write_files(study.folder, {RECORD: text_writer(text)})
+    return path
+
+
+def _content(study: Study) -> dict[str, Any]:
+    return {
+        "name": study.name,
+        "root": str(study.root),
+        "recipe": [str(path) for path in study.recipes],
+        "overrides": dict(study.overrides),
+        "axes": {axis.name: {"key": axis.key, "values": dict(axis.values)} for axis in study.axes},
+        "seeds": list(study.seeds),
+        "exclude": [dict(entry) for entry in study.exclude],
+        "baseline": dict(study.baseline),
+        "match": [{**dataclasses.asdict(match), "by": list(match.by)} for match in study.matches],
+        "metrics": list(study.metrics),
+        "base": merged_recipe([read_mapping(recipe) for recipe in study.recipes], {}),
+    }
+
+
+def _compare(path: Path, there: Mapping[str, Any], study: Study, here: Mapping[str, Any], extend: bool) -> None:
+    changed = list(_changes(there, here))
+    if not extend:
+        changed += _added(there, here)
+    if not changed:
+        return
+    shown = "; ".join(changed[:_SHOWN]) + ("" if len(changed) <= _SHOWN else f"; and {len(changed) - _SHOWN} more")
+    if extend:
+        accepted = (
+            "--extend adds values of axes and seeds and changes nothing else; --name gives it a folder of its own"
+        )
+    else:
+        accepted = "expected the same, or --extend to add values of axes and seeds, or --name for a folder of its own"
+    raise ConfigError(f"{path}: made with another study than {study.path} is now: {shown}; {accepted}")
+
+
+def _changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """What runs have in common and is another now, and runs that are left out."""
+    before, now = _axes(there), _axes(here)
+    if list(before) != list(now):
+        yield f"axes: {', '.join(before) or 'none'}; now {', '.join(now) or 'none'}"
+        return
+    for key in ("overrides", "base"):
+        old, new = flat(key, _mapping(there.get(key))), flat(key, here[key])
+        for path in {**old, **new}:
+            if _differs(path, old, new):
+                yield _said(path, old.get(path, _NOTHING), new.get(path, _NOTHING))
+    for name, axis in before.items():
+        if axis.get("key") != now[name]["key"]:
+            yield _said(f"axes.{name}.key", axis.get("key"), now[name]["key"])
+        for label, value in _mapping(axis.get("values")).items():
+            if now[name]["values"].get(label, value) != value:
+                yield _said(f"axes.{name}.values.{label}", value, now[name]["values"][label])
+    for key in ("baseline", "match"):
+        if there.get(key) != here[key]:
+            yield _said(key, there.get(key), here[key])
+    left_out = [str(seed) for seed in there.get("seeds") or [] if seed not in here["seeds"]]
+    if left_out:
+        yield f"seeds: without {', '.join(left_out)} now"
+    cells = _cells(here)
+    yield from (f"axes: without the cell {cell} now" for cell in _cells(there) if cell not in cells)
+
+
+def _added(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    seeds = [str(seed) for seed in here["seeds"] if seed not in (there.get("seeds") or [])]
+    if seeds:
+        yield f"seeds: {', '.join(seeds)} added"
+    cells = _cells(there)
+    added = [cell for cell in _cells(here) if cell not in cells]
+    if added:
+        yield f"axes: {len(added)} cells added, such as {added[0]}"
+
+
+def _cells(content: Mapping[str, Any]) -> list[dict[str, str]]:
+    labels = {name: list(_mapping(axis.get("values"))) for name, axis in _axes(content).items()}
+    return combinations(labels, content.get("exclude") or [])
+
+
+def _axes(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _mapping(axis) for name, axis in _mapping(content.get("axes")).items()}
+
+
+def _differs(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether a value is another, and no mapping, of which the values are looked at themselves."""
+    if isinstance(old.get(path), Mapping) and isinstance(new.get(path), Mapping):
+        return False
+    return path not in old or path not in new or old[path] != new[path]
+
+
+def _said(path: str, old: Any, new: Any) -> str:
+    return f"{path}: {_shown(old)}, now {_shown(new)}"
+
+
+def _shown(value: Any) -> str:
+    return value if value is _NOTHING else repr(value)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
