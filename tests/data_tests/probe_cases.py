@@ -10,6 +10,7 @@ import numpy as np
 
 from hybridvl.data import ImageConfig, load_tokenizer
 from hybridvl.data.chat import IGNORED, ChatFormat
+from hybridvl.data.digits import scan_splits, scans
 from hybridvl.data.encode import SampleEncoder
 from hybridvl.data.images import ImageProcessor
 from hybridvl.data.probes.probe import Probe
@@ -41,6 +42,27 @@ def read_turns(task: Probe[Any], split: Any, index: int, epoch: int = 0, seed: i
     assert "".join(_TURN.sub("", text)) == ""
     assert _decoded(example.labels[example.labels != IGNORED]) == "".join(f"{answer}<|im_end|>" for _, answer in pairs)
     return [Turn(*pair, kind) for pair, kind in zip(pairs, example.kinds, strict=True)]
+
+
+def read_images(task: Probe[Any], split: Any, index: int, epoch: int = 0, seed: int = 0) -> list[np.ndarray]:
+    """The grey pictures of a sample, put together again from the patches that the model reads."""
+    example = encoder()(task.source(split, seed).sample(index, epoch))
+    pictures = []
+    rows = np.rint((example.pixel_values * IMAGES.std[0] + IMAGES.mean[0]) * 255)
+    for _, lines, columns in example.image_grid_thw.tolist():
+        own, rows = rows[: lines * columns], rows[lines * columns :]
+        pictures.append(own.reshape(lines, columns, 8, 8).transpose(0, 2, 1, 3).reshape(lines * 8, columns * 8))
+    assert len(rows) == 0
+    return pictures
+
+
+def digit_of(picture: np.ndarray, split: Any) -> int:
+    """The digit of an undistorted 8 x 8 picture: of the one scan of the split that was drawn like this."""
+    ink = (236.0 - picture) / 212.0
+    differences = np.abs(_drawings(split) - ink).max((1, 2))
+    # No more than grey levels are rounded.
+    assert differences.min() < 0.6 / 212
+    return int(scans()[1][scan_splits()[split]][differences.argmin()])
 
 
 def tokens_in(text: str) -> list[int]:
@@ -80,6 +102,18 @@ def assert_uniform(values: list[int], low: int, high: int) -> None:
     assert len(counts) == high + 1
     expected = len(values) / (high + 1 - low)
     assert np.abs(counts[low:] - expected).max() < 5 * np.sqrt(expected)
+
+
+@cache
+def _drawings(split: Any) -> np.ndarray:
+    """(N, 8, 8) scans of a split, bilinearly sampled at 1.15 times their distances from the middle, paper outside."""
+    at = (np.arange(8) - 3.5) * 1.15 + 3.5 + 1  # in pixels of the padded scan
+    low = np.floor(at).astype(int)
+    weights = np.zeros((8, 12))
+    weights[np.arange(8), low + 1] = 1 - (at - low)
+    weights[np.arange(8), low + 2] = at - low
+    padded = np.pad(scans()[0][scan_splits()[split]], ((0, 0), (2, 2), (2, 2)))
+    return np.einsum("ya,nab,xb->nyx", weights, padded, weights)
 
 
 def _decoded(ids: Any) -> str:

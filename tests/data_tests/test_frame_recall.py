@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from probe_cases import digit_of
 
 from hybridvl.data import ChatDataModule, ImageConfig
 from hybridvl.data.digits import scan_splits, scans
@@ -36,26 +37,6 @@ def turns_of(sample: Any) -> list[tuple[str, str]]:
     texts = [message["content"][-1]["text"] for message in messages[::2]]
     assert all(text.startswith("Which digit was frame ") and text.endswith("?") for text in texts)
     return [(text[22:-1], answer["content"]) for text, answer in zip(texts, messages[1::2], strict=True)]
-
-
-def digit_of(picture: np.ndarray, split: Any) -> int:
-    """The digit of an undistorted 8 x 8 picture: of the nearest scan of the split, drawn as a frame is."""
-    ink = (236.0 - picture) / 212.0
-    own = scans()[0][scan_splits()[split]]
-    # A frame is its scan with a strip of paper around; of two scans the right one is far nearer.
-    nearest = np.abs(_shrunk(own) - ink).sum((1, 2)).argmin()
-    return int(scans()[1][scan_splits()[split]][nearest])
-
-
-def _shrunk(pictures: np.ndarray) -> np.ndarray:
-    """(N, 8, 8) scans, bilinearly sampled at 1.15 times their own distances from the middle, paper outside."""
-    at = (np.arange(8) - 3.5) * 1.15 + 3.5 + 1  # in pixels of the padded scan
-    low = np.floor(at).astype(int)
-    weights = np.zeros((8, 12))
-    weights[np.arange(8), low + 1] = 1 - (at - low)
-    weights[np.arange(8), low + 2] = at - low
-    padded = np.pad(pictures, ((0, 0), (2, 2), (2, 2)))
-    return np.einsum("ya,nab,xb->nyx", weights, padded, weights)
 
 
 @given(

@@ -24,7 +24,7 @@ RUN = {name: command[1].split() for name, command in COMMANDS.items() if command
 def test_what_has_no_command_is_shared() -> None:
     used = {Path(argument).stem for arguments in RUN.values() for argument in arguments[1::2]}
     assert used == set(FILES)
-    assert {"associative_recall", "selective_copying"} <= set(RUN)
+    assert {"associative_recall", "page_order"} <= set(RUN)
 
 
 @pytest.mark.parametrize("name", RUN)
@@ -43,8 +43,7 @@ def test_a_recipe_builds_and_its_samples_fit(name: str) -> None:
         assert all(len(encode(source.sample(index, 0))) <= data.max_tokens for index in range(20))
 
 
-def test_every_probe_but_frame_recall_has_a_recipe() -> None:
-    """Frame recall has those of recipes/tiny."""
+def test_every_probe_has_a_recipe() -> None:
     shown = {yaml.safe_load(FILES[name].read_text())["data"]["task"]["class_path"] for name in RUN}
     folder = ROOT / "hybridvl" / "data" / "probes"
     probes = {
@@ -52,4 +51,5 @@ def test_every_probe_but_frame_recall_has_a_recipe() -> None:
         for path in folder.glob("*.py")
         for name in re.findall(r"^class ([A-Z]\w+)\((?:Probe\[|_Copying|InContextRecall)", path.read_text(), re.M)
     }
-    assert probes - shown == {"hybridvl.data.probes.frame_recall.FrameRecall"}
+    assert len(probes) == 9
+    assert shown == probes

@@ -8,11 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridvl.data.digits import scan_splits, scans
-from hybridvl.data.probes.frames import frame_parts
-from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix, require_share
+from hybridvl.data.probes.frames import MOST_DISTORTED, frame_parts
+from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix, require_lag, require_share
 from hybridvl.data.probes.symbols import LETTERS, LONGEST_STREAM, letters_text, require_labels
 from hybridvl.data.task import Split, require_span
-from hybridvl.layers.errors import ConfigError
 
 
 class Stream(NamedTuple):
@@ -71,15 +70,10 @@ class FrameRecall(Probe[Stream]):
         super().__init__((train_streams, val_streams, test_streams), "streams", sizes)
         self.frames = require_span("data.task.frames", frames, LONGEST_STREAM)
         self.items = None if items is None else require_span("data.task.items", items, LONGEST_STREAM)
-        self.lag = None if lag is None else require_span("data.task.lag", lag, LONGEST_STREAM)
-        require_share("augment", augment, 2)
+        self.lag = require_lag(lag, self.frames[0], LONGEST_STREAM)
+        require_share("augment", augment, MOST_DISTORTED)
         most = self.frames[1] if self.items is None else min(self.items[1], self.frames[1])
         require_labels(letters, most, "labelled frames")
-        if self.lag is not None and self.lag[0] > self.frames[0]:
-            raise ConfigError(
-                f"data.task.lag: {list(self.lag)}; expected a smallest lag of at most the fewest frames, "
-                f"{self.frames[0]}"
-            )
         self.letters = letters
         self.size = size
         self.turns = turns

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from hybridvl.data.task import Sample, Source, Split, Task, require_split, sample_rng
+from hybridvl.data.task import Sample, Source, Split, Task, require_span, require_split, sample_rng
 from hybridvl.layers.errors import ConfigError
 
 Drawn = TypeVar("Drawn")
@@ -56,7 +57,7 @@ class Probe(Task, Generic[Drawn]):
             for asked in self.ask(source.drawn(index)):
                 for kind in ("", asked.kind):
                     found.setdefault(kind, []).append(asked.chance)
-        return {kind: float(np.mean(chances)) for kind, chances in sorted(found.items())}
+        return {kind: fmean(chances) for kind, chances in sorted(found.items())}
 
     @abstractmethod
     def draw(self, rng: np.random.Generator, split: Split) -> Drawn:
@@ -116,3 +117,18 @@ def require_share(name: str, value: float, most: float) -> None:
     """Raise ConfigError unless the setting data.task.NAME lies from 0 to `most`."""
     if not 0 <= value <= most:
         raise ConfigError(f"data.task.{name}: {value}; expected a number from 0 to {most}")
+
+
+def require_lag(lag: tuple[int, int] | None, fewest: int, most: int) -> tuple[int, int] | None:
+    """The range of lags data.task.lag, or null for any; ConfigError unless streams of the `fewest` frames have some.
+
+    most: largest number that a lag may have.
+    """
+    if lag is None:
+        return None
+    low, high = require_span("data.task.lag", lag, most)
+    if low > fewest:
+        raise ConfigError(
+            f"data.task.lag: {[low, high]}; expected a smallest lag of at most the fewest frames, {fewest}"
+        )
+    return low, high
