@@ -169,12 +169,12 @@ class _Problem:
         """The value of a path whose budget, which grows with it, is nearest; None if the budget stays the same."""
         step = self.match.multiple_of
         budget = cache(lambda number: self._at(path, number * step))
-        low, high = 0, 1
+        low, high = 0, 2
         while budget(high) < self.target:
             if 2 * high * step > MAX_SIZE:
                 break
             low, high = high, 2 * high
-        if high > 1 and budget(high) == budget(1):
+        if budget(high) == budget(1):
             return None
         while high - low > 1:
             middle = (low + high) // 2
