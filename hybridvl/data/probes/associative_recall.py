@@ -8,15 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix
-from hybridvl.data.probes.symbols import (
-    ASK,
-    LETTERS,
-    LONGEST_STREAM,
-    digits_text,
-    letters_text,
-    require_labels,
-    signs_text,
-)
+from hybridvl.data.probes.symbols import ASK, LONGEST_STREAM, draw_pairs, require_labels, signs_text
 from hybridvl.data.task import Split, require_span
 from hybridvl.layers.errors import ConfigError
 
@@ -95,13 +87,12 @@ class AssociativeRecall(Probe[Pairs]):
         pairs = int(rng.integers(self.pairs[0], self.pairs[1] + 1))
         queries = self._queries(pairs)
         length = pairs + queries if self.length is None else int(rng.integers(self.length[0], self.length[1] + 1))
-        names = rng.choice(len(LETTERS) ** self.letters, pairs, replace=False)
-        values = rng.integers(10**self.digits, size=pairs)
+        keys, values = draw_pairs(rng, pairs, self.letters, self.digits)
         weights = np.arange(1, length - pairs + 1) ** (self.power - 1)
         gaps = np.sort(rng.choice(length - pairs, queries, replace=False, p=weights / weights.sum()))
         return Pairs(
-            [letters_text(name, self.letters) for name in names.tolist()],
-            [digits_text(value, self.digits) for value in values.tolist()],
+            keys,
+            values,
             rng.choice(pairs, queries, replace=False).tolist(),
             gaps,
             signs_text(rng, 2 * int(gaps[-1] + 1 - queries)),

@@ -8,15 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix, require_share
-from hybridvl.data.probes.symbols import (
-    ASK,
-    LETTERS,
-    LONGEST_STREAM,
-    digits_text,
-    letters_text,
-    require_labels,
-    signs_text,
-)
+from hybridvl.data.probes.symbols import ASK, LONGEST_STREAM, draw_pairs, require_labels, signs_text
 from hybridvl.data.task import Split, require_span
 
 
@@ -83,15 +75,14 @@ class InContextRecall(Probe[KeyStream]):
         """Map, slots and questions of a stream."""
         count = int(rng.integers(self.keys[0], self.keys[1] + 1))
         length = int(rng.integers(self.length[0], self.length[1] + 1))
-        names = rng.choice(len(LETTERS) ** self.letters, count, replace=False)
-        values = rng.integers(10**self.digits, size=count)
+        keys, values = draw_pairs(rng, count, self.letters, self.digits)
         slots = rng.integers(count, size=length)
         noisy = rng.random(length) < self.noise
         noisy[rng.integers(length)] = False
         shown = np.unique(slots[~noisy])
         return KeyStream(
-            [letters_text(name, self.letters) for name in names.tolist()],
-            [digits_text(value, self.digits) for value in values.tolist()],
+            keys,
+            values,
             np.where(noisy, -1, slots),
             signs_text(rng, 2 * int(noisy.sum())),
             rng.choice(shown, min(self.queries, len(shown)), replace=False).tolist(),

@@ -30,6 +30,14 @@ def digits_text(number: int, digits: int) -> str:
     return str(number).zfill(digits)
 
 
+def draw_pairs(rng: np.random.Generator, count: int, letters: int, digits: int) -> tuple[list[str], list[str]]:
+    """So many keys, of so many letters and all different, and a value of so many digits for each."""
+    names = rng.choice(len(LETTERS) ** letters, count, replace=False)
+    values = rng.integers(10**digits, size=count)
+    keys = [letters_text(name, letters) for name in names.tolist()]
+    return keys, [digits_text(value, digits) for value in values.tolist()]
+
+
 def signs_text(rng: np.random.Generator, count: int) -> str:
     """So many random signs."""
     return "".join(SIGNS[sign] for sign in rng.integers(len(SIGNS), size=count).tolist())
