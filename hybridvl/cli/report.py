@@ -51,9 +51,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="hybridvl report",
         description="Compare runs: means over seeds with intervals, paired differences to a baseline with a test, "
         "costs, and every run that failed. Runs are grouped by the labels of their study, or, when they were started "
-        "by hand, by the settings in which their recipes differ. Writes report.md, report.csv (one row a run), "
-        "cells.csv (one row a cell and metric) and report.json into one folder. A second "
-        "report into the same folder reads new and changed runs alone.",
+        "by hand, by the settings in which their recipes differ. Writes into one folder: report.html (one page with "
+        "everything), report.md, report.csv (one row a run), cells.csv (one row a cell and metric), report.json and "
+        "PNGs. A second report into the same folder reads new and changed runs alone.",
         epilog="example: hybridvl report runs/ratio --metrics test/exact --baseline ratio=1/4",
     )
     parser.add_argument("runs", nargs="+", metavar="RUNS", help="run folders, or folders with runs in them")

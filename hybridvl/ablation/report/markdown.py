@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.cells import is_cost
+from hybridvl.ablation.report.figures import Picture
 from hybridvl.ablation.report.wording import UNKNOWN, counted, headline, method, number, probability, with_interval
 from hybridvl.plan.units import tokens, with_prefix
 
@@ -13,18 +14,14 @@ HEAD = ("cell", "seeds", "mean", "difference to baseline", "p (Holm)")
 COST_HEAD = ("cell", "parameters", "FLOPs per token", "FLOPs of a decode step", "state", "decode step")
 
 
-def markdown(analysis: Analysis, figures: Mapping[str, Sequence[tuple[str, str]]]) -> str:
-    """The whole report.
-
-    figures: for every metric, and "" for what belongs to none, file names with what they show.
-    """
+def markdown(analysis: Analysis, pictures: Sequence[Picture]) -> str:
+    """The whole report, with links to the pictures beside it."""
     parts = ["# Report", f"{headline(analysis)}.", method(analysis)]
     for name in analysis.metrics:
         better = " (lower is better)" if is_cost(name) else ""
         parts += [f"## {name}{better}", _table(HEAD, metric_rows(analysis, name))]
-        parts += [f"![{alt}]({file})" for file, alt in figures.get(name, ())]
+        parts += [f"![{picture.shows}]({picture.name})" for picture in pictures if picture.metric == name]
     parts += ["## Costs", cost_sentence(analysis), _table(COST_HEAD, cost_rows(analysis))]
-    parts += [f"![{alt}]({file})" for file, alt in figures.get("", ())]
     if analysis.left_out:
         parts.append(f"## {counted(len(analysis.left_out), 'run')} that no mean is taken over")
         rows = [(run.name, "" if run.seed is None else str(run.seed), why) for run, why in analysis.left_out]

@@ -1,0 +1,53 @@
+"""All pictures of a report, as PNG files."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from hybridvl.ablation.report.analysis import Analysis
+from hybridvl.ablation.report.curves import draw_curves, draw_slices
+from hybridvl.ablation.report.plots import draw_cells, draw_differences, draw_pareto
+
+_DRAWINGS: Sequence[tuple[str, str, Callable[[Analysis, str], Figure | None]]] = (
+    ("cells", "{metric} of every cell with intervals and single seeds", draw_cells),
+    ("differences", "paired differences of {metric} to the baseline", draw_differences),
+    ("slices", "{metric} by slice", draw_slices),
+    ("curves", "learning curves with bands", draw_curves),
+    ("pareto", "{metric} against parameters, FLOPs, state bytes and decode latency", draw_pareto),
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One PNG file.
+
+    Attributes:
+        name: of the file.
+        metric: that it is about.
+        shows: what it shows.
+        data: of the file.
+    """
+
+    name: str
+    metric: str
+    shows: str
+    data: bytes
+
+
+def draw_all(analysis: Analysis) -> list[Picture]:
+    """Every picture that there is something to show in, in the order of the report."""
+    found = []
+    for metric in analysis.metrics:
+        start = re.sub(r"[^A-Za-z0-9._-]+", "-", metric)
+        for name, shows, draw in _DRAWINGS:
+            made = draw(analysis, metric)
+            if made is not None:
+                data = io.BytesIO()
+                made.savefig(data, format="png")
+                found.append(Picture(f"{start}-{name}.png", metric, shows.format(metric=metric), data.getvalue()))
+    return found

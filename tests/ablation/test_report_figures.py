@@ -1,0 +1,172 @@
+"""Pictures of a report: slices found by name, bands, and what stands in the figures that are drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from report_runs import recipe, write_run, write_study
+from scipy import stats
+
+from hybridvl.ablation.report.analysis import Analysis, analyse
+from hybridvl.ablation.report.cache import Cache
+from hybridvl.ablation.report.cells import Settings
+from hybridvl.ablation.report.curves import band, curve_tags, draw_curves, draw_slices
+from hybridvl.ablation.report.events import Curve
+from hybridvl.ablation.report.figures import draw_all
+from hybridvl.ablation.report.plots import draw_cells, draw_differences, draw_pareto
+from hybridvl.ablation.report.runs import collect
+from hybridvl.ablation.report.slices import slices_of
+from hybridvl.ablation.report.style import limits
+
+VALUES = {"0": [0.42, 0.40, 0.47], "1/4": [0.61, 0.66, 0.70], "1": [0.60, 0.68, 0.69]}
+
+
+def analysed(folder: Path, settings: Settings | None = None) -> Analysis:
+    return analyse(collect([folder], Cache()), settings or Settings())
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    return write_study(tmp_path / "ratio", VALUES)
+
+
+@pytest.fixture
+def sliced(tmp_path: Path) -> Path:
+    """Two patterns with slices by lag, so that costs differ, too."""
+    for pattern, start in (("gdn*3", 0.5), ("swa*3", 0.8)):
+        for seed in (0, 1):
+            metrics = {"test/exact": start + 0.01 * seed}
+            metrics |= {f"test/lag_{lag}_exact": start - 0.1 * i for i, lag in enumerate(("1", "2", "3_4", "9_16"))}
+            config = recipe(seed, {"mixer": pattern.split("*")[0]}, pattern)
+            write_run(tmp_path / pattern.split("*")[0] / f"seed_{seed}", config, metrics)
+    return tmp_path
+
+
+def test_slices_by_the_names_of_metrics() -> None:
+    logged = [
+        *("test/exact", "test/digit_accuracy", "val/exact", "val/lag_1_exact", "test/lag_1_digit_accuracy"),
+        *("test/lag_9_16_exact", "test/lag_1_exact", "test/lag_3_4_exact"),
+        *("test/items_5_8_lag_1_exact", "test/items_5_8_place_lag_3_4_exact", "test/items_9_16_lag_1_exact"),
+        *("test/page_exact", "test/cell_exact"),
+    ]
+    found = {(part.axis, part.panel): part for part in slices_of("test/exact", logged)}
+    assert set(found) == {
+        *(("lag", ""), ("lag", "items 5-8"), ("lag", "items 9-16"), ("place lag", "items 5-8"), ("kind", ""))
+    }
+    by_lag = found["lag", ""]
+    assert by_lag.labels == ("1", "3-4", "9-16")
+    assert by_lag.metrics == ("test/lag_1_exact", "test/lag_3_4_exact", "test/lag_9_16_exact")
+    assert by_lag.ordered
+    assert found["kind", ""].labels == ("cell", "page")
+    assert not found["kind", ""].ordered
+    (other,) = slices_of("test/digit_accuracy", logged)
+    assert other.metrics == ("test/lag_1_digit_accuracy",)
+
+
+def test_a_band_is_the_interval_at_every_step(study: Path) -> None:
+    analysis = analysed(study)
+    curves = [Curve(np.array([0, 10, 20]), np.array(values)) for values in ([1.0, 2.0, 4.0], [3.0, 3.0, 3.0])]
+    found = band(curves, analysis)
+    assert found.steps.tolist() == [0, 10, 20]
+    assert found.mean.tolist() == [2.0, 2.5, 3.5]
+    low, high = stats.t.interval(0.95, 1, 2.0, stats.sem([1.0, 3.0]))
+    assert (found.low[0], found.high[0]) == pytest.approx((low, high))
+
+
+def test_a_band_of_curves_with_other_steps(study: Path) -> None:
+    curves = [Curve(np.array([0, 10, 20]), np.array([0.0, 1.0, 2.0])), Curve(np.array([5, 25]), np.array([1.0, 3.0]))]
+    found = band(curves, analysed(study))
+    assert found.steps.tolist() == [5, 10, 20]
+    assert found.mean.tolist() == pytest.approx([0.75, 1.25, 2.25])
+
+
+def test_the_figure_of_cells_shows_every_seed_mean_and_interval(study: Path) -> None:
+    figure = draw_cells(analysed(study), "test/exact")
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(VALUES)
+    points = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 1]
+    means = [np.mean(values) for values in VALUES.values()]
+    assert sorted(points) == pytest.approx(sorted([*means, *(v for values in VALUES.values() for v in values)]))
+    bars = [tuple(line.get_xdata()) for line in axes.lines if len(line.get_xdata()) == 2]
+    assert bars[0] == pytest.approx(stats.t.interval(0.95, 2, means[0], stats.sem(VALUES["0"])))
+    assert axes.get_xlabel() == "test/exact (share, 0 to 1)"
+    assert any("95 % interval" in text.get_text() for text in figure.texts)
+
+
+def test_the_figure_of_differences(study: Path) -> None:
+    figure = draw_differences(analysed(study), "test/exact")
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1/4", "1"]
+    pairs = [b - a for label in ("1/4", "1") for a, b in zip(VALUES["0"], VALUES[label], strict=True)]
+    drawn = [line.get_xdata()[0] for line in axes.lines if line.get_markerfacecolor() == "white"]
+    assert drawn == pytest.approx(pairs)
+    assert axes.get_xlabel() == "test/exact, minus that of ratio=0"
+
+
+def test_the_figure_of_learning_curves(study: Path) -> None:
+    analysis = analysed(study)
+    assert curve_tags(analysis, "test/exact") == ["val/exact"]
+    figure = draw_curves(analysis, "test/exact")
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [line.get_ydata()[-1] for line in axes.lines] == pytest.approx([np.mean(v) for v in VALUES.values()])
+    assert len(axes.collections) == 3  # bands
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer steps", "val/exact (share, 0 to 1)")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(VALUES)
+
+
+def test_the_figure_of_slices(sliced: Path) -> None:
+    figure = draw_slices(analysed(sliced), "test/exact")
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "2", "3-4", "9-16"]
+    assert axes.get_xlabel() == "lag"
+    lines = [line.get_ydata() for line in axes.lines if len(line.get_ydata()) == 4]
+    assert [list(line) for line in lines] == [pytest.approx([s - 0.1 * i for i in range(4)]) for s in (0.5, 0.8)]
+
+
+def test_the_figure_of_costs(sliced: Path) -> None:
+    analysis = analysed(sliced)
+    figure = draw_pareto(analysis, "test/exact")
+    assert figure is not None
+    labels = [axes.get_xlabel() for axes in figure.axes if axes.get_visible()]
+    assert labels == ["forward FLOPs per token, 128 tokens", "state of one row after 128 tokens"]
+    fronts = [line.get_xdata() for line in figure.axes[1].lines if line.get_label() == "front"]
+    # The window's state is smaller and its quality higher: it alone is the front.
+    assert list(fronts[0]) == [analysis.costs[1].state_bytes]
+    assert analysis.cells[1].labels == {"mixer": "swa"}
+    assert draw_pareto(analysed(sliced / "swa"), "test/exact") is None
+
+
+def test_pictures_are_readable_files(study: Path, tmp_path: Path) -> None:
+    pictures = draw_all(analysed(study))
+    assert [picture.name for picture in pictures] == [
+        f"test-exact-{what}.png" for what in ("cells", "differences", "curves")
+    ]
+    for picture in pictures:
+        (tmp_path / picture.name).write_bytes(picture.data)
+        image = imread(tmp_path / picture.name)
+        assert min(image.shape[:2]) > 200
+        assert 0.001 < (image[..., :3].min(axis=-1) < 0.9).mean() < 0.5  # neither empty nor full
+
+
+def test_of_many_cells_the_best_are_drawn_and_the_rest_is_counted(tmp_path: Path) -> None:
+    study = write_study(tmp_path / "many", {str(label): [label / 100, label / 100] for label in range(50)})
+    figure = draw_cells(analysed(study), "test/exact")
+    assert figure is not None
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [str(label) for label in range(10, 50)]
+    assert "the 40 best of 50 cells" in figure.get_suptitle()
+
+
+def test_limits_of_axes() -> None:
+    assert limits([0.2, 0.8], [0.1, 0.9], share=True) == pytest.approx((0.052, 0.948))
+    low, high = limits([0.4, 0.5], [-5.0, 6.0], share=True)  # what two seeds leave open is cut
+    assert 0.2 < low < 0.4 < 0.5 < high < 0.7
+    assert limits([0.97, 1.0], [0.9, 1.1], share=True)[1] == 1.02
+    assert limits([], [], share=False) == (0.0, 1.0)
+    assert limits([3.0], [float("nan")], share=False)[0] < 3.0
