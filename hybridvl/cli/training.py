@@ -40,7 +40,7 @@ from hybridvl.training.callbacks.finite_loss import FiniteLoss
 from hybridvl.training.callbacks.hparams import HParams
 from hybridvl.training.callbacks.memory import MemoryMonitor
 from hybridvl.training.callbacks.predictions import PredictionWriter
-from hybridvl.training.callbacks.process_group import FIRST, ProcessGroup, follow_first_process
+from hybridvl.training.callbacks.process_group import FIRST, ProcessGroup, follow_first_process, leave_process_group
 from hybridvl.training.callbacks.progress import StepProgress
 from hybridvl.training.callbacks.progress_file import ProgressFile
 from hybridvl.training.callbacks.run_summary import RunSummary
@@ -330,6 +330,7 @@ def main(argv: Sequence[str]) -> int:
     follow_first_process()
     try:
         TrainingCLI(argv[0], argv[1:])
+        leave_process_group()
     except SIGTERMException:  # Lightning's, which would be a success otherwise
         return 128 + signal.SIGTERM
     except OmegaConfBaseException as error:

@@ -8,6 +8,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+# `hybridvl ...`, which must have ended the threads between processes: they have aborted interpreters that ended first.
+_PROGRAM = """
+import sys
+from torch import distributed
+from hybridvl.cli import main
+status = main(sys.argv[1:])
+assert status or not distributed.is_initialized()
+sys.exit(status)
+"""
+
 
 def two_processes(fits: Sequence[Sequence[str]], timeout: float = 280) -> list[subprocess.CompletedProcess[str]]:
     """Run `hybridvl ...` with each of these arguments, one after the other, in two processes that share the data.
@@ -35,8 +45,8 @@ def _both(fit: Sequence[str], timeout: float) -> list[subprocess.CompletedProces
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "hybridvl", *fit],
-            env={**env, "LOCAL_RANK": str(rank)},
+            [sys.executable, "-c", _PROGRAM, *fit],
+            env={**env, "LOCAL_RANK": str(rank), "PYTHONFAULTHANDLER": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -11,6 +11,7 @@ import time
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import distributed
 
 from hybridvl.data.loader import end_with_parent
 from hybridvl.layers.errors import ConfigError, RunError
@@ -39,6 +40,15 @@ def follow_first_process() -> None:
     parent = str(os.getppid())
     if os.environ.get(FIRST, parent) != parent:
         sys.exit(1)  # it has gone already
+
+
+def leave_process_group() -> None:
+    """Called after everything else, when it went well: end the threads that talk to the other processes.
+
+    One that frees a Python object while the interpreter ends aborts its process. Lightning ends them for NCCL alone.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 class ProcessGroup(Callback):
