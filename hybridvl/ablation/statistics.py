@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import special  # scipy.stats has the same and more, but takes a second to import
 
 Method = Literal["t", "bootstrap"]
 
@@ -137,18 +138,14 @@ def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int
 
 @lru_cache(maxsize=64)
 def _t_quantile(freedom: int, level: float) -> float:
-    from scipy import stats  # half a second to import
-
-    return float(stats.t.ppf((1 + level) / 2, freedom))
+    return float(special.stdtrit(freedom, (1 + level) / 2))
 
 
 def _t_test(interval: Interval) -> float:
-    from scipy import stats
-
     if interval.deviation == 0.0:
         return 1.0 if interval.mean == 0.0 else 0.0
     t = interval.mean / (interval.deviation / math.sqrt(interval.count))
-    return float(2 * stats.t.sf(abs(t), interval.count - 1))
+    return float(2 * special.stdtr(interval.count - 1, -abs(t)))
 
 
 def _sign_flip(differences: NDArray[np.float64]) -> float:

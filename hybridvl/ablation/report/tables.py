@@ -77,7 +77,18 @@ def to_json(analysis: Analysis, figures: Sequence[str] = ()) -> str:
         "warnings": list(analysis.warnings),
         "figures": list(figures),
     }
-    return json.dumps(_without_nan(content), indent=1, ensure_ascii=False) + "\n"
+    return _json_lines(_without_nan(content))
+
+
+def _json_lines(content: Mapping[str, Any]) -> str:
+    """JSON with a line for each key, and for each entry of a list: to be read, and written fast."""
+    parts = []
+    for key, value in content.items():
+        text = json.dumps(value, ensure_ascii=False)
+        if isinstance(value, list) and value:
+            text = "[\n" + ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in value) + "\n]"
+        parts.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _run(run: Run) -> dict[str, Any]:
