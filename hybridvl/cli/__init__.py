@@ -29,6 +29,7 @@ _COMMANDS = {
     "predict": _Command("hybridvl.cli.training", ("predict",), "write the replies of a checkpoint to a file"),
     "pipeline": _Command("hybridvl.cli.pipeline", (), "run the stages of a pipeline, skipping what is done"),
     "report": _Command("hybridvl.cli.report", (), "compare runs: means over seeds with intervals, differences, costs"),
+    "compare": _Command("hybridvl.cli.compare", (), "settings and metrics of runs, side by side"),
     "generate": _Command("hybridvl.cli.generate", (), "reply to prompts about images and videos"),
     "convert": _Command("hybridvl.cli.convert", (), "turn a checkpoint into a model of another layer pattern"),
     "export": _Command("hybridvl.cli.export", (), "turn a checkpoint of a run, sharded or not, into a model folder"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -100,7 +101,7 @@ def draw_differences(analysis: Analysis, metric: str) -> Figure | None:
 
 def draw_pareto(analysis: Analysis, metric: str) -> Figure | None:
     """The metric against every cost that is known of two cells or more, with the front; None if there is no such."""
-    indices, only = shown_cells(analysis, metric, _ROWS)
+    indices, _ = shown_cells(analysis, metric, len(analysis.cells))
     costs = [analysis.costs[index] for index in indices]
     panels = [panel for panel in _PANELS if len({panel[1](cost) for cost in costs} - {None}) > 1]
     if not panels:
@@ -121,31 +122,39 @@ def draw_pareto(analysis: Analysis, metric: str) -> Figure | None:
         handles, names = grid[0][0].get_legend_handles_labels()
         made.legend(handles, names, loc="outside right upper", frameon=False, fontsize=8.5)
     how = f"bars: {_level(analysis)}; line: the cells that no other beats in both"
-    _heading(made, f"{metric} against costs", only, how)
+    _heading(made, f"{metric} against costs", "", how)
     return made
 
 
 def _pareto(
-    axes: Axes, analysis: Analysis, metric: str, indices: list[int], costs: list[float | None], unit: object
+    axes: Axes,
+    analysis: Analysis,
+    metric: str,
+    indices: list[int],
+    costs: list[float | None],
+    unit: Callable[[float], str],
 ) -> None:
     intervals = [analysis.results[metric][index].interval for index in indices]
     sign = -1 if is_cost(metric) else 1
     spent = [math.nan if cost is None else float(cost) for cost in costs]
     front = pareto_front(spent, [sign * interval.mean for interval in intervals])
     if front:
-        at, height = [spent[place] for place in front], [intervals[place].mean for place in front]
-        axes.plot(at, height, color=FAINT, linewidth=1.2, drawstyle="steps-post", zorder=1, label="front")
+        across, height = [spent[place] for place in front], [intervals[place].mean for place in front]
+        axes.plot(across, height, color=FAINT, linewidth=1.2, drawstyle="steps-post", zorder=1, label="front")
     names = cell_names(analysis, indices)[1]
     for place, interval in enumerate(intervals):
         if math.isnan(spent[place]):
             continue
         few = len(indices) <= LINES
         colour = COLOURS[place % LINES] if few else COLOURS[0 if place in front else -1]
-        axes.plot([spent[place]] * 2, [interval.low, interval.high], color=colour, linewidth=1.4, alpha=0.75)
+        if few or place in front:
+            axes.plot([spent[place]] * 2, [interval.low, interval.high], color=colour, linewidth=1.4, alpha=0.75)
         mark = MARKERS[place % len(MARKERS)] if few else "o"
-        axes.plot([spent[place]], [interval.mean], mark, color=colour, markersize=6.5, zorder=3, label=names[place])
+        size = 6.5 if few or place in front else 3.5
+        axes.plot([spent[place]], [interval.mean], mark, color=colour, markersize=size, zorder=3, label=names[place])
         if not few and place in front:
-            axes.annotate(names[place], (spent[place], interval.mean), (5, 4), textcoords="offset points", fontsize=7)
+            at = (spent[place], interval.mean)
+            axes.annotate(names[place], at, (5, 4), textcoords="offset points", fontsize=7, zorder=5)
     known = [cost for cost in spent if not math.isnan(cost) and cost > 0]
     if known and max(known) > 4 * min(known):
         axes.set_xscale("log")
@@ -153,7 +162,11 @@ def _pareto(
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: unit(value)))  # type: ignore[operator]
+    texts = [unit(value) for value in axes.get_xticks()]
+    if len(set(texts)) == len(texts):  # else the costs differ in digits that units for people leave out
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: unit(value)))
+    else:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
     means = [interval.mean for interval in intervals]
     ends = [end for interval in intervals for end in (interval.low, interval.high)]
     axes.set_ylim(*limits(means, ends, is_share(metric)))
