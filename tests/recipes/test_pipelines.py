@@ -5,24 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from recipe_builds import build
+from recipe_builds import build, pair_of_configurations
 
-from hybridvl.checkpoints import read_config
 from hybridvl.checkpoints.formats import FORMATS
 from hybridvl.checkpoints.saving import config_values
 from hybridvl.cli import main
 from hybridvl.cli.training import TrainingCLI
 from hybridvl.models.config import ModelConfig
-from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.pipeline.description import read_pipeline
 from hybridvl.pipeline.runner import fit_arguments, plan_steps
 from hybridvl.training import layer_distillation, logit_distillation, supervised
-from hybridvl.training.freezing import choose_trained
-from hybridvl.training.student import Pair, StudentConfig, replaced_layers, student_net
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {
@@ -34,21 +29,11 @@ PIPELINES = [name for name, path in RECIPES.items() if "stages" in yaml.safe_loa
 PUBLISHED = ROOT / "tests" / "data" / "qwen2_5_vl_published" / "3B.json"
 
 
-def _pair(config: StudentConfig, seed: int, train_only: Any = ("mixers:new",), freeze: Any = ()) -> Pair:
-    """What `build_pair` makes of configurations alone."""
-    net = read_config(config.teacher)
-    assert config.source is None or read_config(config.source).pattern == student_net(config, net).pattern
-    teacher, student = VisionLanguageModel(net), VisionLanguageModel(student_net(config, net))
-    replaced = replaced_layers(student.config, net)
-    choose_trained(student, train_only, freeze, replaced)
-    return Pair(teacher, student, replaced)
-
-
 @pytest.fixture
 def weightless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules that read no weights."""
     for module in (layer_distillation, logit_distillation):
-        monkeypatch.setattr(module, "build_pair", _pair)
+        monkeypatch.setattr(module, "build_pair", pair_of_configurations)
     monkeypatch.setattr(supervised, "load_weights", lambda model, folder: None)
 
 
