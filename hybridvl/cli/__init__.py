@@ -30,6 +30,7 @@ _COMMANDS = {
     "pipeline": _Command("hybridvl.cli.pipeline", (), "run the stages of a pipeline, skipping what is done"),
     "report": _Command("hybridvl.cli.report", (), "compare runs: means over seeds with intervals, differences, costs"),
     "compare": _Command("hybridvl.cli.compare", (), "settings and metrics of runs, side by side"),
+    "sweep": _Command("hybridvl.cli.sweep", (), "run a study: a recipe along axes, every cell with every seed"),
     "generate": _Command("hybridvl.cli.generate", (), "reply to prompts about images and videos"),
     "convert": _Command("hybridvl.cli.convert", (), "turn a checkpoint into a model of another layer pattern"),
     "export": _Command("hybridvl.cli.export", (), "turn a checkpoint of a run, sharded or not, into a model folder"),

@@ -42,7 +42,7 @@ def run_process(command: Sequence[str]) -> Ended:
             process.send_signal(signal.SIGKILL if len(received) > 1 else number)
 
     sys.stdout.flush()
-    with _handled_by(hand_on):
+    with handled_by(hand_on):
         # In a session of its own, so that Ctrl-C reaches it only through this process.
         process = subprocess.Popen(
             command,
@@ -58,8 +58,8 @@ def run_process(command: Sequence[str]) -> Ended:
 
 
 @contextlib.contextmanager
-def _handled_by(handler: object) -> Iterator[None]:
-    """Let a function handle the signals that are not ignored."""
+def handled_by(handler: object) -> Iterator[None]:
+    """Let a function handle SIGINT and SIGTERM, those that are not ignored."""
     earlier = {number: signal.getsignal(number) for number in _HANDED_ON}
     taken = [number for number in _HANDED_ON if earlier[number] is not signal.SIG_IGN]
     for number in taken:

@@ -43,12 +43,12 @@ class StageRun:
     @property
     def key(self) -> str | None:
         """What it was started with, see `stage_key`; None when there is no record."""
-        return _read(self.record).get("key")
+        return read_record(self.record).get("key")
 
     @property
     def is_done(self) -> bool:
         """Whether the stage ended well here: the mark is written last, and the model is there."""
-        return self._has_model and self.key is not None and _read(self.folder / DONE).get("key") == self.key
+        return self._has_model and self.key is not None and read_record(self.folder / DONE).get("key") == self.key
 
     @property
     def mark(self) -> str:
@@ -59,13 +59,13 @@ class StageRun:
         """Write what the run is started with."""
         recipes = [str(path) for path in stage.recipes]
         facts = {"stage": stage.name, "recipes": recipes, "overrides": dict(stage.overrides), "arguments": arguments}
-        _write(self.record, {"key": key, **facts})
+        write_record(self.record, {"key": key, **facts})
 
     def finish(self, finished: str) -> None:
         """Mark it as done at a time; a run that left no model is refused."""
         if not self._has_model:
             raise ConfigError(f"{self.model}: no model, though the fit ended well; expected one (was it a dry run?)")
-        _write(self.folder / DONE, {"key": self.key, "finished": finished})
+        write_record(self.folder / DONE, {"key": self.key, "finished": finished})
 
     def forget_refused(self) -> None:
         """Remove the record if the fit was refused, so that there is no folder."""
@@ -103,7 +103,7 @@ def _numbers(folder: Path) -> set[int]:
     return {int(match["number"]) for match in map(_RECORD.fullmatch, names) if match is not None}
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
     """A record; {} where there is none, or one that cannot be read: then nothing is known of the run."""
     if not path.is_file():
         return {}
@@ -113,6 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
+def write_record(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a record whole or not at all; ConfigError where that cannot be done."""
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
     write_files(path.parent, {path.name: text_writer(text)})

@@ -1,0 +1,180 @@
+"""The local engine: runs as processes of this machine, as many at a time as it has cores or GPUs for."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hybridvl.ablation.cells import Run
+from hybridvl.ablation.records import Claim, RunRecord
+from hybridvl.data.loader import end_with_parent
+from hybridvl.pipeline.processes import Ended, handled_by
+
+_POLL = 0.2  # seconds between two looks at the processes
+_POLL_OTHERS = 2.0  # seconds between two looks at the runs that other processes work on
+
+Status = Literal["waiting", "running", "elsewhere", "done", "failed", "stopped"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one process runs.
+
+    Attributes:
+        cores: numbers of the processor's cores.
+        gpus: what CUDA_VISIBLE_DEVICES says; None leaves it as it is.
+    """
+
+    cores: tuple[int, ...]
+    gpus: str | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of the process."""
+        threads = str(len(self.cores))
+        own = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        return own if self.gpus is None else {**own, "CUDA_VISIBLE_DEVICES": self.gpus}
+
+
+@dataclass
+class _Running:
+    index: int
+    slot: Slot
+    record: RunRecord
+    claim: Claim
+    process: subprocess.Popen[bytes]
+
+
+def slots(jobs: int | None, cores: Sequence[int], gpus: Sequence[str]) -> list[Slot]:
+    """Cores dealt out evenly to `jobs` processes; by default one process a GPU, or a core where there is none.
+
+    More jobs than cores or GPUs share them in turn.
+    """
+    count = jobs if jobs is not None else len(gpus) or len(cores)
+    dealt = [tuple(cores[number::count]) or (cores[number % len(cores)],) for number in range(count)]
+    return [Slot(own, gpus[number % len(gpus)] if gpus else None) for number, own in enumerate(dealt)]
+
+
+class LocalEngine:
+    """Runs what is not done yet and says of each run how it stands.
+
+    Several engines, in processes of one machine or of several that share the folder, work on the same runs without
+    doing one twice: whoever holds a run's lock works on it, the others wait for it to be done or given up.
+
+    Args:
+        runs: what to run, in this order.
+        places: where; one process each at a time.
+        retry_failed: whether runs that have failed are tried again.
+        watch: called some times a second, and once at the end, with this engine.
+
+    Attributes:
+        runs: as given.
+        records: what stands on disk about each.
+        statuses: of each run now.
+        signal: the first signal that was handed on, if any.
+    """
+
+    def __init__(
+        self, runs: Sequence[Run], places: Sequence[Slot], retry_failed: bool, watch: Callable[[LocalEngine], None]
+    ) -> None:
+        self.runs = list(runs)
+        self.records = [RunRecord(run.folder) for run in self.runs]
+        self.statuses: list[Status] = ["waiting"] * len(self.runs)
+        self.signal: int | None = None
+        self._free = list(places)
+        self._running: list[_Running] = []
+        self._retry_failed = retry_failed
+        self._watch = watch
+        self._looked = float("-inf")
+
+    def run(self) -> None:
+        """Run to the end, or until a signal: the first SIGINT or SIGTERM is handed on, the second one kills."""
+        for run, record in zip(self.runs, self.records, strict=True):
+            record.check(run.key)
+        with handled_by(self._stop):
+            while True:
+                self._reap()
+                if self.signal is None:
+                    self._fill()
+                self._watch(self)
+                waits = self.signal is None and any(status in ("waiting", "elsewhere") for status in self.statuses)
+                if not self._running and not waits:
+                    return
+                time.sleep(_POLL)
+
+    def _stop(self, number: int, frame: object) -> None:
+        for running in self._running:
+            running.process.send_signal(number if self.signal is None else signal.SIGKILL)
+        self.signal = self.signal or number
+
+    def _reap(self) -> None:
+        for running in [one for one in self._running if one.process.poll() is not None]:
+            self._running.remove(running)
+            running.record.finish(Ended(running.process.returncode, self.signal))
+            state = running.record.state
+            self.statuses[running.index] = "stopped" if state == "new" else state
+            running.claim.release()
+            self._free.append(running.slot)
+
+    def _fill(self) -> None:
+        """Start runs where there is room; look now and then at those that others had."""
+        now = time.monotonic()
+        looks = now - self._looked >= _POLL_OTHERS
+        for index, status in enumerate(self.statuses):
+            if not self._free or self.signal is not None:
+                return
+            if status == "waiting" or (status == "elsewhere" and looks):
+                self.statuses[index] = self._take(index)
+        if looks:
+            self._looked = now
+
+    def _take(self, index: int) -> Status:
+        run, record = self.runs[index], self.records[index]
+        if record.state == "done":
+            return "done"
+        claim = Claim.of(record)
+        if claim is None:
+            return "elsewhere"
+        # Another process may have ended it between the look and the claim.
+        state = record.state
+        if state == "done" or (state == "failed" and (not self._retry_failed or self.statuses[index] == "elsewhere")):
+            claim.release()
+            return "done" if state == "done" else "failed"
+        slot = self._free.pop(0)
+        words = record.begin(run.key, run.cell.labels, run.seed, run.arguments)
+        process = _start(words, record.log, slot, claim.handle)
+        self._running.append(_Running(index, slot, record, claim, process))
+        return "running"
+
+
+def _start(arguments: Sequence[str], log: Path, slot: Slot, held: int) -> subprocess.Popen[bytes]:
+    """A fit with its output in a log; it holds an open file, and is killed when this process is."""
+    parent = os.getpid()
+
+    def begin() -> None:
+        end_with_parent()
+        if os.getppid() != parent:  # it was killed before it could be bound to
+            os._exit(1)
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, slot.cores)
+
+    environment: Mapping[str, str] = {**os.environ, **slot.environment}
+    with log.open("ab") as output:
+        # In a session of its own, so that Ctrl-C reaches it only through this process.
+        return subprocess.Popen(
+            [sys.executable, "-m", "hybridvl", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            pass_fds=(held,),
+            preexec_fn=begin,
+        )

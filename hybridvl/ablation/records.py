@@ -1,0 +1,161 @@
+"""What stands on disk about a run of a study: what it was started with, how it ended, and who holds it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from hybridvl.layers.errors import ConfigError
+from hybridvl.pipeline.processes import Ended
+from hybridvl.pipeline.records import read_record, write_record
+
+State = Literal["new", "stopped", "failed", "done"]
+
+_LAST_BYTES = 20_000  # of a log, in which its last words are looked for
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The files about one run, in its folder and beside it.
+
+    Beside the folder VERSION stand VERSION.json (what it was started with), VERSION.log (its output),
+    VERSION.ended.json (how its last process ended) and .VERSION.lock (held while a process works on it).
+    """
+
+    folder: Path
+
+    @property
+    def started(self) -> Path:
+        """What it was started with."""
+        return self.folder.with_name(f"{self.folder.name}.json")
+
+    @property
+    def ended(self) -> Path:
+        """How its last process ended."""
+        return self.folder.with_name(f"{self.folder.name}.ended.json")
+
+    @property
+    def log(self) -> Path:
+        """The output of its processes, one after another."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint to go on from."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """metrics.json; {} while there is none."""
+        return read_record(self.folder / "metrics.json")
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """progress.json; {} while there is none."""
+        return read_record(self.folder / "progress.json")
+
+    @property
+    def state(self) -> State:
+        """ "done" when its fit is through with everything; "failed" when it gave up; "stopped" when it was ended.
+
+        What the fit itself has written decides whether it is done, so that it is so even if nobody was left to see it.
+        """
+        if not self.started.exists():
+            return "new"
+        if "ended" in self.metrics:
+            return "done"
+        ended = read_record(self.ended)
+        return "failed" if ended.get("status", 0) > 0 and ended.get("signal") is None else "stopped"
+
+    @property
+    def reason(self) -> str:
+        """Why its last process ended without success, for people."""
+        return str(read_record(self.ended).get("reason", ""))
+
+    def check(self, key: str) -> None:
+        """Raise ConfigError if the run was started with other settings."""
+        known = read_record(self.started).get("key", key)
+        if known != key:
+            raise ConfigError(
+                f"{self.folder}: was started with other settings than those of the study now (see {self.started}); "
+                "give the study another name, or remove the run"
+            )
+
+    def begin(self, key: str, labels: dict[str, str], seed: int, arguments: Sequence[str]) -> list[str]:
+        """Write what it is started with; returns the arguments of the fit, which goes on from a checkpoint if it can.
+
+        What a process has left that was ended before its first checkpoint is removed: the new one begins again.
+        """
+        words = list(arguments)
+        if self.checkpoint.exists():
+            words.append(f"--ckpt_path={self.checkpoint}")
+        elif self.folder.exists():
+            shutil.rmtree(self.folder)
+        attempts = int(read_record(self.started).get("attempts", 0)) + 1
+        facts = {"key": key, "labels": labels, "seed": seed, "arguments": words, "attempts": attempts}
+        write_record(self.started, {**facts, "started": _now()})
+        self.ended.unlink(missing_ok=True)
+        return words
+
+    def finish(self, ended: Ended) -> None:
+        """Write how its process ended, and the reason if that was not well."""
+        facts = {"status": ended.status, "signal": ended.signal, "reason": self._reason(ended), "ended": _now()}
+        write_record(self.ended, facts)
+
+    def _reason(self, ended: Ended) -> str:
+        if not ended.status and "ended" in self.metrics:
+            return ""
+        lines = _last_lines(self.log)
+        mistakes = [line for line in lines if line.startswith("error: ")]
+        return (mistakes or lines or [f"exit status {ended.status}"])[-1].removeprefix("error: ")
+
+
+class Claim:
+    """The right to work on a run, for as long as this process or one it was handed on to lives.
+
+    Attributes:
+        handle: the open lock file; a process that inherits it holds the claim, too.
+    """
+
+    def __init__(self, handle: int) -> None:
+        self.handle = handle
+
+    @classmethod
+    def of(cls, record: RunRecord) -> Claim | None:
+        """Claim a run; None if another process has it."""
+        path = record.folder.with_name(f".{record.folder.name}.lock")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise ConfigError(f"root: {path}: cannot be written: {error.strerror}") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        return cls(handle)
+
+    def release(self) -> None:
+        """Give it up."""
+        os.close(self.handle)
+
+
+def _last_lines(path: Path) -> list[str]:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _LAST_BYTES))
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

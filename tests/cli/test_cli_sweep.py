@@ -1,0 +1,187 @@
+"""`hybridvl sweep` with real fits: shared by two processes, killed and gone on with to the last bit, failed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import cli_runs
+import pytest
+import torch
+
+from hybridvl.cli import main
+
+FAULT = "HYBRIDVL_TEST_FAULT"
+RECIPE = "{run: {threads: 1}, trainer: {max_steps: 8, callbacks: [{class_path: disk_faults.Ended}]}}"
+MIXER = "mixer: {key: model.net.pattern, values: {hybrid: swa gdn, window: swa*2}}"
+STUDY = f"""
+name: study
+root: runs
+recipe: tiny.yaml
+axes:
+  {MIXER}
+seeds: [0, 1]
+metrics: [val/exact]
+"""
+
+
+def _write(folder: Path, study: str = STUDY) -> None:
+    cli_runs.recipe(folder, "tiny", RECIPE)
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(recipe.read_text().replace(str(folder), "."))  # the same in every folder
+    (folder / "study.yaml").write_text(study)
+
+
+def _sweep(folder: Path, *arguments: str, fault: str | None = None) -> subprocess.Popen[str]:
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return subprocess.Popen(
+        [Path(sys.executable).parent / "hybridvl", "sweep", "study.yaml", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths, **({} if fault is None else {FAULT: fault})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def _ended(process: subprocess.Popen[str], status: int) -> str:
+    """What a sweep has printed, once it has ended with a status."""
+    out, err = process.communicate(timeout=250)
+    assert process.returncode == status, out + err
+    assert "Traceback" not in err
+    return out
+
+
+def _starts(folder: Path) -> dict[str, dict[str, Any]]:
+    """The start record of every run, by its place in the study's folder."""
+    study = folder / "runs" / "study"
+    found = {f"{path.parent.name}/{path.stem}": path for path in study.glob("*/seed_?.json")}
+    return {name: json.loads(path.read_text()) for name, path in sorted(found.items())}
+
+
+def _alive(folder: Path) -> list[str]:
+    """Command lines of processes that work in a folder."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(place / "cwd") == str(folder):
+                found.append((place / "cmdline").read_text().replace("\0", " "))
+        except OSError:  # it has just ended
+            continue
+    return [line for line in found if line]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a study that two sweeps have worked on from its beginning."""
+    folder = tmp_path_factory.mktemp("shared")
+    _write(folder)
+    both = [_sweep(folder, "--jobs", "1") for _ in range(2)]
+    for process in both:
+        out = _ended(process, 0)
+        assert "study: 4 of 4 done" in out
+        assert "report       hybridvl report runs/study" in out
+    return folder
+
+
+def test_two_sweeps_share_the_work(shared: Path) -> None:
+    starts = _starts(shared)
+    assert list(starts) == [f"mixer={mixer}/seed_{seed}" for mixer in ("hybrid", "window") for seed in (0, 1)]
+    assert [start["attempts"] for start in starts.values()] == [1, 1, 1, 1]
+    for name, start in starts.items():
+        run = shared / "runs" / "study" / name
+        assert start["labels"] == {"mixer": name.partition("/")[0].partition("=")[2]}
+        assert json.loads((run / "metrics.json").read_text())["steps"] == 8
+        log = run.with_name(f"{run.name}.log").read_text()
+        assert log.count("checkpoint   ") == 1  # through to its last lines, once
+        assert json.loads(run.with_name(f"{run.name}.ended.json").read_text())["status"] == 0
+
+
+def test_what_is_done_is_left_alone(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(shared)
+    before = _starts(shared)
+    assert main(["sweep", "study.yaml"]) == 0
+    assert "4 of 4 done" in capfd.readouterr().out
+    assert _starts(shared) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
+def test_killed_parents_and_children_lose_nothing(shared: Path, tmp_path: Path) -> None:
+    _write(tmp_path, STUDY.replace("[0, 1]", "[0]"))
+    _ended(_sweep(tmp_path, "--jobs", "2", fault="pipeline SIGKILL"), -signal.SIGKILL)
+    until = time.monotonic() + 20
+    while _alive(tmp_path) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert _alive(tmp_path) == []
+    out = _ended(_sweep(tmp_path, "--jobs", "2", fault="stage SIGKILL"), 1)
+    assert "0 of 2 done, 2 stopped" in out
+    out = _ended(_sweep(tmp_path, "--jobs", "2"), 0)
+    assert "2 of 2 done" in out
+    for name, start in _starts(tmp_path).items():
+        assert start["arguments"][-1].endswith("checkpoints/last.ckpt")
+        ends = [
+            torch.load(folder / "runs" / "study" / name / "checkpoints" / "last.ckpt", weights_only=True)
+            for folder in (shared, tmp_path)
+        ]
+        for end in ends:
+            end["callbacks"]["Throughput"].pop("seconds")
+        assert ends[0]["global_step"] == 8
+        assert cli_runs.differences(*ends) == []
+
+
+def test_a_signal_stops_in_order_and_failures_are_kept(tmp_path: Path) -> None:
+    _write(tmp_path, STUDY.replace("[0, 1]", "[0]").replace(MIXER, "tokens: {key: data.max_tokens, values: [256, 8]}"))
+    out = _ended(_sweep(tmp_path, "--jobs", "1", fault="pipeline SIGTERM"), 128 + signal.SIGTERM)
+    assert "stopped   runs/study/tokens=256/seed_0" in out
+    assert "the same command goes on" in out
+    out = _ended(_sweep(tmp_path), 1)
+    assert "1 of 2 done, 1 failed" in out
+    failed = "failed    runs/study/tokens=8/seed_0: "
+    reason = next(line for line in out.splitlines() if line.startswith(failed)).removeprefix(failed)
+    assert "data.max_tokens" in reason
+    assert "seed_0.log" in reason
+    assert _starts(tmp_path)["tokens=8/seed_0"]["attempts"] == 1
+    _ended(_sweep(tmp_path), 1)
+    assert _starts(tmp_path)["tokens=8/seed_0"]["attempts"] == 1
+    _ended(_sweep(tmp_path, "--retry-failed"), 1)
+    assert [start["attempts"] for start in _starts(tmp_path).values()] == [2, 2]
+
+
+def test_other_settings_are_not_taken_for_the_same_run(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(shared)
+    assert main(["sweep", "study.yaml", "--overrides.model.optimizer.lr", "0.5"]) == 2
+    assert "made with another study than study.yaml is now: overrides.model.optimizer.lr" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--jobs", "0"], "--jobs: 0; expected at least 1"),
+        (["--seeds", "[]"], "seeds: []"),
+        (["--axes.mixers.values", "[swa]"], "axes.mixers: unknown key, did you mean 'mixer'?"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", "study.yaml", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
