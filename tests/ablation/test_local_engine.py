@@ -1,0 +1,195 @@
+"""Where runs go, what stands on disk about them, who may work on them, and how they are shown."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from hybridvl.ablation.cells import Cell, Run
+from hybridvl.ablation.local import LocalEngine, Slot, slots
+from hybridvl.ablation.records import Claim, RunRecord
+from hybridvl.cli.sweep_view import SweepView
+from hybridvl.layers.errors import ConfigError
+from hybridvl.pipeline.processes import Ended
+
+HOLD = """
+import sys
+from pathlib import Path
+from hybridvl.ablation.records import Claim, RunRecord
+claim = Claim.of(RunRecord(Path(sys.argv[1])))
+print("none" if claim is None else "held", flush=True)
+sys.stdin.read()
+"""
+
+
+@given(
+    jobs=st.none() | st.integers(1, 9),
+    cores=st.lists(st.integers(0, 63), min_size=1, max_size=8, unique=True),
+    gpus=st.lists(st.integers(0, 7).map(str), max_size=4, unique=True),
+)
+def test_slots_share_what_there_is(jobs: int | None, cores: list[int], gpus: list[str]) -> None:
+    found = slots(jobs, cores, gpus)
+    assert len(found) == (jobs or len(gpus) or len(cores))
+    dealt = [core for slot in found for core in slot.cores]
+    assert set(dealt) == set(cores) if len(found) <= len(cores) else set(dealt) <= set(cores)
+    if len(found) <= len(cores):  # nothing is shared, and no slot has two cores more than another
+        assert len(dealt) == len(cores)
+        assert max(len(slot.cores) for slot in found) - min(len(slot.cores) for slot in found) <= 1
+    assert all(len(slot.cores) >= 1 for slot in found)
+    used = [slot.gpus for slot in found]
+    assert used == ([gpus[number % len(gpus)] for number in range(len(found))] if gpus else [None] * len(found))
+
+
+def test_a_slot_sets_threads_and_gpu() -> None:
+    assert Slot((3, 5)).environment["OMP_NUM_THREADS"] == "2"
+    assert "CUDA_VISIBLE_DEVICES" not in Slot((3,)).environment
+    assert Slot((3,), "GPU-1").environment["CUDA_VISIBLE_DEVICES"] == "GPU-1"
+
+
+def _write(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def test_the_states_of_a_run(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path / "a=1" / "seed_0")
+    assert record.state == "new"
+    assert record.begin("key", {"a": "1"}, 0, ["fit", "--x=1"]) == ["fit", "--x=1"]
+    assert record.state == "stopped"  # as if its process and the sweep had been killed
+    record.log.write_text("warning: slow\nerror: data.max_tokens: 8 is too small\nusage: hybridvl\n")
+    record.finish(Ended(2, None))
+    assert (record.state, record.reason) == ("failed", "data.max_tokens: 8 is too small")
+    for ended in (Ended(-signal.SIGKILL, None), Ended(130, signal.SIGINT)):
+        record.begin("key", {"a": "1"}, 0, [])
+        record.finish(ended)
+        assert record.state == "stopped"
+    _write(record.folder / "metrics.json", {"metrics": {}})  # of the fit; its test is still to come
+    assert record.state == "stopped"
+    _write(record.folder / "metrics.json", {"metrics": {}, "ended": "2026-01-01T00:00:00+00:00"})
+    assert record.state == "done"  # whatever the record of its end says
+    assert json.loads(record.started.read_text())["attempts"] == 3
+
+
+def test_a_run_goes_on_from_its_checkpoint_or_begins_again(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path / "a=1" / "seed_0")
+    (record.folder / "checkpoints").mkdir(parents=True)
+    (record.folder / "events.1").touch()
+    record.begin("key", {}, 0, ["fit"])
+    assert not record.folder.exists()
+    record.checkpoint.parent.mkdir(parents=True)
+    record.checkpoint.touch()
+    assert record.begin("key", {}, 0, ["fit"]) == ["fit", f"--ckpt_path={record.checkpoint}"]
+    assert record.checkpoint.exists()
+
+
+def test_a_run_of_other_settings_is_refused(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path / "a=1" / "seed_0")
+    record.check("one")
+    record.begin("one", {}, 0, [])
+    record.check("one")
+    with pytest.raises(ConfigError, match=r"a=1/seed_0: was started with other settings than those of the study now"):
+        record.check("other")
+
+
+def test_a_claim_is_held_until_its_process_has_gone(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path / "a=1" / "seed_0")
+    command = [sys.executable, "-c", HOLD, str(record.folder)]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    assert Claim.of(record) is None
+    holder.kill()
+    holder.communicate()
+    claim = Claim.of(record)
+    assert claim is not None
+    # A process that it was handed on to holds it when its first owner has let go.
+    heir = subprocess.Popen(["sleep", "60"], pass_fds=(claim.handle,))
+    claim.release()
+    assert Claim.of(record) is None
+    heir.kill()
+    heir.wait()
+    again = Claim.of(record)
+    assert again is not None
+    again.release()
+
+
+def _engine(folder: Path, view: SweepView, count: int = 4) -> LocalEngine:
+    runs = [
+        Run(Cell({"a": str(number)}, {}, f"a={number}"), 0, folder / f"a={number}" / "seed_0", [], "key")
+        for number in range(count)
+    ]
+    return LocalEngine(runs, [Slot((0,)), Slot((1,))], False, view)
+
+
+def test_the_table_has_paces_times_and_scores(tmp_path: Path) -> None:
+    now = [100.0]
+    console = Console(file=io.StringIO(), force_terminal=True, width=120)
+    view = SweepView(["val/exact"], 2, console, lambda: now[0])
+    engine = _engine(tmp_path, view)
+    engine.statuses = ["running", "running", "waiting", "failed"]
+    view(engine)
+    now[0] = 160.0
+    _write(engine.runs[0].folder / "metrics.json", {"steps": 300, "tokens": 9000, "seconds": 50, "metrics": {}})
+    progress = {"doing": "train", "step": 100, "steps": 300, "tokens": 3000, "seconds": 60.0}
+    _write(engine.runs[1].folder / "progress.json", {**progress, "metrics": {"val/exact": 0.25}})
+    engine.statuses = ["done", "running", "waiting", "failed"]
+    view(engine)
+    # The one that is running needs 120 s more, 180 in all; one is waiting, and runs take (60 + 180) / 2 s.
+    assert view.summary(engine) == "1 of 4 done, 1 running, 1 failed, 1 waiting; about 2 min 00 s left"
+    rows = list(zip(*(column._cells for column in view.table(engine).columns), strict=True))
+    shown = [[str(cell) for cell in row] for row in rows]
+    assert shown == [
+        ["a=0/seed_0", "done", "300/300", "180", "", ""],
+        ["a=1/seed_0", "train", "100/300", "50", "2 min 00 s", "0.2500"],
+        ["a=2/seed_0", "waiting", "", "", "", ""],
+        ["a=3/seed_0", "failed", "", "", "", ""],
+    ]
+
+
+def test_many_runs_show_those_that_matter(tmp_path: Path) -> None:
+    view = SweepView([], 2, Console(file=io.StringIO(), force_terminal=True))
+    engine = _engine(tmp_path, view, 100)
+    engine.statuses = ["done"] * 90 + ["failed"] * 2 + ["running"] * 2 + ["waiting"] * 6
+    table = view.table(engine)
+    names = [str(cell) for cell in table.columns[0]._cells]
+    assert names[-1] == "and 60 done"
+    assert {f"a={number}/seed_0" for number in range(90, 100)} < set(names)
+
+
+def test_a_log_has_a_line_for_every_change(tmp_path: Path) -> None:
+    out = io.StringIO()
+    view = SweepView(["val/exact"], 1, Console(file=out, width=200))
+    engine = _engine(tmp_path, view, 2)
+    for statuses in (["running", "waiting"], ["running", "waiting"], ["failed", "waiting"]):
+        engine.statuses = statuses  # type: ignore[assignment]
+        if statuses[0] == "failed":
+            _write(engine.records[0].ended, {"reason": "it broke"})
+        view(engine)
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "running   a=0/seed_0  (0 of 2 done, 1 running, 1 waiting)"
+    assert lines[1] == "failed    a=0/seed_0  it broke  (0 of 2 done, 1 failed, 1 waiting)"
+    assert len(lines) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a=1").write_text("a file")
+    with pytest.raises(ConfigError, match=r"root: .*a=1/\.seed_0\.lock: cannot be written"):
+        Claim.of(RunRecord(tmp_path / "a=1" / "seed_0"))
+
+
+def test_this_process_has_cores() -> None:
+    """What the command deals out is what this process may use."""
+    from hybridvl.cli.sweep import _places
+
+    allowed = os.sched_getaffinity(0)
+    assert {core for slot in _places(None) for core in slot.cores} == allowed
