@@ -29,12 +29,13 @@ def main(argv: Sequence[str]) -> int:
     """Write a report and print its tables; returns 0. Mistakes are ConfigErrors."""
     options = _parser().parse_args(argv)
     settings = Settings(_labels(options.baseline), options.interval, _level(options.level))
-    if options.context is not None and options.context < 1:
-        raise ConfigError(f"--context: {options.context}; expected at least 1 token")
+    for flag, tokens in [("--context", options.context), *(("--latency", tokens) for tokens in options.latency or ())]:
+        if tokens is not None and tokens < 1:
+            raise ConfigError(f"{flag}: {tokens}; expected at least 1 token")
     folder = _folder(options.out, options.runs)
     cache = Cache(folder / CACHE)
     collected = collect(options.runs, cache)
-    analysis = analyse(collected, settings, options.metrics or (), options.context)
+    analysis = analyse(collected, settings, options.metrics or (), options.context, options.latency or ())
     written = write_report(analysis, folder)
     cache.save()
     _show(analysis)
@@ -75,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--level", type=float, default=95, metavar="PERCENT", help="of the intervals; default: 95")
     parser.add_argument(
         "--context", type=int, metavar="TOKENS", help="for FLOPs and state bytes; default: the runs' data.max_tokens"
+    )
+    parser.add_argument(
+        "--latency",
+        nargs="+",
+        type=int,
+        metavar="TOKENS",
+        help="time a decode step of every model after so many tokens, here, on the CPU in float32",
     )
     return parser
 

@@ -13,9 +13,10 @@ from scipy import stats
 from hybridvl.ablation.report.analysis import Analysis, analyse
 from hybridvl.ablation.report.cache import Cache
 from hybridvl.ablation.report.cells import Settings
-from hybridvl.ablation.report.curves import band, curve_tags, draw_curves, draw_slices
+from hybridvl.ablation.report.curves import band, curve_tags, draw_curves, draw_growth, draw_slices
 from hybridvl.ablation.report.events import Curve
 from hybridvl.ablation.report.figures import draw_all
+from hybridvl.ablation.report.guessing import guessing
 from hybridvl.ablation.report.plots import draw_cells, draw_differences, draw_pareto
 from hybridvl.ablation.report.runs import collect
 from hybridvl.ablation.report.slices import slices_of
@@ -143,10 +144,64 @@ def test_the_figure_of_costs(sliced: Path) -> None:
     assert draw_pareto(analysed(sliced / "swa"), "test/exact") is None
 
 
+def test_the_figure_of_growth(sliced: Path) -> None:
+    analysis = analysed(sliced)
+    figure = draw_growth(analysis, "test/exact")
+    assert figure is not None
+    (axes,) = figure.axes
+    for line, cost in zip(axes.lines, analysis.costs, strict=True):
+        assert list(line.get_xdata()) == [128, 1024, 8192, 65536]
+        assert list(line.get_ydata()) == [cost.growth[tokens] for tokens in (128, 1024, 8192, 65536)]
+
+
+def test_decode_steps_are_timed_after_so_many_tokens(sliced: Path) -> None:
+    analysis = analyse(collect([sliced], Cache()), Settings(), measured=(16, 64))
+    for cost in analysis.costs:
+        assert list(cost.latency) == [16, 64]
+        assert cost.decode_seconds == cost.latency[64]
+        assert min(cost.latency.values()) > 0
+    figure = draw_growth(analysis, "test/exact")
+    assert figure is not None
+    assert [list(line.get_xdata()) for line in figure.axes[1].lines] == [[16, 64]] * 2
+    pareto = draw_pareto(analysis, "test/exact")
+    assert pareto is not None
+    assert "measured time of a decode step after 64 tokens" in [axes.get_xlabel() for axes in pareto.axes]
+
+
+def test_times_that_runs_have_logged_come_first(tmp_path: Path) -> None:
+    for seed, seconds in enumerate((0.002, 0.004)):
+        metrics = {"test/exact": 0.5, "test/decode_seconds": seconds}
+        write_run(tmp_path / "a" / f"seed_{seed}", recipe(seed), metrics)
+    (cost,) = analysed(tmp_path).costs
+    assert cost.decode_seconds == pytest.approx(0.003)
+
+
+def test_how_far_guessing_gets(tmp_path: Path) -> None:
+    """On frame recall every digit is as likely as any other."""
+    kinds = ("", "lag_1_", "lag_2_", "lag_3_4_")
+    for seed in (0, 1):
+        config = recipe(seed, {"mixer": "gdn"})
+        arguments = {"frames": 4, "test_streams": 20}
+        config["data"]["task"] = {
+            "class_path": "hybridvl.data.probes.frame_recall.FrameRecall",
+            "init_args": arguments,
+        }
+        metrics = {f"test/{kind}exact": 0.9 for kind in kinds}
+        write_run(tmp_path / "gdn" / f"seed_{seed}", config, {**metrics, "test/digit_accuracy": 0.9})
+    analysis = analysed(tmp_path)
+    found = guessing(analysis.cells, [f"test/{kind}exact" for kind in kinds] + ["test/digit_accuracy", "test/a_exact"])
+    assert found == {f"test/{kind}exact": pytest.approx(0.1) for kind in kinds}
+    figure = draw_slices(analysis, "test/exact")
+    assert figure is not None
+    dotted = [line for line in figure.axes[0].lines if line.get_linestyle() == ":"]
+    assert [list(line.get_ydata()) for line in dotted] == [pytest.approx([0.1] * 6)]
+
+
 def test_pictures_are_readable_files(study: Path, tmp_path: Path) -> None:
     pictures = draw_all(analysed(study))
     assert [picture.name for picture in pictures] == [
-        f"test-exact-{what}.png" for what in ("cells", "differences", "curves")
+        *(f"test-exact-{what}.png" for what in ("cells", "differences", "curves")),
+        "growth.png",
     ]
     for picture in pictures:
         (tmp_path / picture.name).write_bytes(picture.data)

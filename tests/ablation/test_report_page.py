@@ -73,7 +73,7 @@ def test_the_page_needs_nothing_else(page: Path) -> None:
     assert tags.open == []
     outside = [a for a in tags.addresses if not a.startswith(("#", "data:image/png;base64,"))]
     assert outside == []
-    assert sum(address.startswith("data:") for address in tags.addresses) == 3
+    assert sum(address.startswith("data:") for address in tags.addresses) == 4
     assert "<b>" not in page.read_text()
 
 
@@ -91,7 +91,7 @@ def test_in_a_browser_every_run_and_metric_is_seen(page: Path, tmp_path: Path) -
     assert sorted(found["names"]) == runs
     for seen in (*runs, "test/exact", "val/exact", "test/<b>_exact", "5 done", "1 unfinished", "0.750"):
         assert seen in found["text"], seen
-    assert len(found["images"]) == 3
+    assert len(found["images"]) == 4
     assert min(found["images"]) > 600
     values = {"ratio=0/seed_1": 0.40, "ratio=0/seed_0": 0.42, "ratio=1-4/seed_0": 0.61, "ratio=1-4/seed_1": 0.66}
     known = [*values, "ratio=1-4/seed_2"]

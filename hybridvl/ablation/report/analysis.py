@@ -65,7 +65,11 @@ class Analysis:
 
 
 def analyse(
-    collected: Collected, settings: Settings, metrics: Sequence[str] = (), context: int | None = None
+    collected: Collected,
+    settings: Settings,
+    metrics: Sequence[str] = (),
+    context: int | None = None,
+    measured: Sequence[int] = (),
 ) -> Analysis:
     """Group runs to cells and compare them.
 
@@ -75,6 +79,7 @@ def analyse(
         settings: how they are compared; without a baseline that of the studies is taken.
         metrics: what the report is about; none: the studies', or the share of exact answers.
         context: tokens for which FLOPs and bytes of state are given; None: the longest sample of any run.
+        measured: tokens after which a decode step of every model is timed.
 
     Raises:
         ConfigError: a metric that no run logged, a baseline that no cell has, no run that was started.
@@ -106,7 +111,7 @@ def analyse(
         metrics=shown,
         logged=logged,
         results={name: compare_metric(cells, name, baselines, settings) for name in logged},
-        costs=cell_costs(cells, context),
+        costs=cell_costs(cells, context, measured),
         notes=notes,
         warnings=warnings,
     )

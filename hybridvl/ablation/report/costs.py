@@ -1,74 +1,93 @@
-"""What the models of runs cost, from their configurations: FLOPs per token and bytes of state."""
+"""What the models of cells cost: FLOPs and bytes by their configurations, and times that are measured."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import torch
 
 from hybridvl.ablation.report.cells import Cell
 from hybridvl.ablation.report.runs import Run
+from hybridvl.bench.filling import filled_state
+from hybridvl.bench.sides import Results, Side
+from hybridvl.bench.timing import interleave, timer
 from hybridvl.checkpoints import read_config
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.config import ModelConfig
-from hybridvl.plan import Plan, plan_model
+from hybridvl.models.vlm import VisionLanguageModel
+from hybridvl.plan.costs import CONTEXTS, Plan, plan_model
 
 _CONTEXT = 1024  # tokens, where runs do not say how long their samples may be
+_DECODE = "decode_seconds"  # a metric of this name, of any stage, is a measured time of a decode step
+_ROUNDS = 15
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Costs of a cell's model; None where they are not known.
+    """Costs of a cell's model; None and {} where they are not known.
 
     Attributes:
         parameters: of the model.
         flops: forward FLOPs per token of one pass over `context` tokens, decoder and head.
         decode_flops: of one more token after `context` tokens.
         state_bytes: of one row after `context` tokens, in bfloat16.
-        decode_seconds: measured time of one more token, the mean over runs.
         context: tokens.
+        decode_seconds: time of one more token: what the runs logged, or else what was measured after the most tokens.
+        growth: bytes of state by tokens.
+        latency: measured seconds of one more token by tokens.
     """
 
     parameters: int | None
     flops: float | None
     decode_flops: float | None
     state_bytes: int | None
-    decode_seconds: float | None
     context: int
+    decode_seconds: float | None = None
+    growth: Mapping[int, int] = field(default_factory=dict)
+    latency: Mapping[int, float] = field(default_factory=dict)
 
 
-def cell_costs(cells: Sequence[Cell], context: int | None = None) -> list[Costs]:
-    """The costs of every cell, by its first run whose model is known; each distinct model is planned once.
+def cell_costs(cells: Sequence[Cell], context: int | None = None, measured: Sequence[int] = ()) -> list[Costs]:
+    """The costs of every cell, by its first run whose model is known; each distinct model is looked at once.
 
-    context: tokens; None takes the longest sample that any run allows.
+    Args:
+        cells: all of them.
+        context: tokens for which costs are counted; None takes the longest sample that any run allows.
+        measured: tokens after which a decode step is timed, here and now; none: nothing is.
     """
     runs = [run for cell in cells for run in cell.runs]
     context = context or max((_max_tokens(run) for run in runs), default=0) or _CONTEXT
-    plans: dict[str, Plan | None] = {}
-    found = []
+    known: dict[str, ModelConfig | None] = {}
+    keys = []
     for cell in cells:
-        plan = next((plan for run in cell.runs if (plan := _plan(run, context, plans)) is not None), None)
-        counted = (run.facts.get("parameters") for run in (*cell.used.values(), *cell.runs))
-        parameters = next((count for count in counted if isinstance(count, int)), None)
-        if parameters is None and plan is not None:
-            parameters = plan.total_params
-        measured = [
-            run.metrics[name]
-            for run in cell.used.values()
-            for name in run.metrics
-            if name.split("/")[-1] == "decode_seconds"
-        ]
-        found.append(
-            Costs(
-                parameters,
-                None if plan is None else plan.prefill_flops(context),
-                None if plan is None else plan.decode_flops(context),
-                None if plan is None else plan.state_bytes(context),
-                sum(measured) / len(measured) if measured else None,
-                context,
-            )
-        )
+        candidates = (_known(run, known) for run in cell.runs)
+        keys.append(next((key for key in candidates if known[key] is not None), None))
+    configs = {key: config for key, config in known.items() if config is not None and key in keys}
+    contexts = sorted({*CONTEXTS, context, *measured})
+    plans = {key: plan_model(config, contexts) for key, config in configs.items()}
+    times = decode_seconds(configs, measured) if measured else {}
+    return [
+        _costs(cell, context, contexts, None if key is None else plans[key], {} if key is None else times.get(key, {}))
+        for cell, key in zip(cells, keys, strict=True)
+    ]
+
+
+def decode_seconds(configs: Mapping[str, ModelConfig], contexts: Sequence[int]) -> dict[str, dict[int, float]]:
+    """Seconds of a decode step of each model after so many tokens, on the CPU in float32.
+
+    The shortest of some rounds in which all models take turns: whatever else runs on the machine only adds. Times do
+    not depend on weights or on what was read, so models are fresh and states are noise.
+    """
+    models = {key: VisionLanguageModel(dataclasses.replace(config, vision=None)) for key, config in configs.items()}
+    found: dict[str, dict[int, float]] = {key: {} for key in configs}
+    for context in sorted(set(contexts)):
+        sides = [Side(key, _decode(model.eval(), context)) for key, model in models.items()]
+        for key, seconds in interleave(sides, _ROUNDS, warmup=2, measure=timer("cpu")).items():
+            found[key][context] = min(seconds)
     return found
 
 
@@ -78,26 +97,57 @@ def model_config(run: Run) -> ModelConfig | None:
     net = section.get("net") if isinstance(section, Mapping) else None
     try:
         if isinstance(net, Mapping):
-            return ModelConfig.from_dict(dict(net), place=f"{run.folder}: model.net")
-        if (run.folder / "model" / "config.json").is_file():
-            return read_config(run.folder / "model")
+            config = ModelConfig.from_dict(dict(net), place=f"{run.folder}: model.net")
+        elif (run.folder / "model" / "config.json").is_file():
+            config = read_config(run.folder / "model")
+        else:
+            return None
+        plan_model(config, (1,))
     except ConfigError:  # of another version, or a foreign one: its costs are not known
         return None
-    return None
+    return config
 
 
-def _plan(run: Run, context: int, plans: dict[str, Plan | None]) -> Plan | None:
+def _decode(model: VisionLanguageModel, context: int) -> Callable[[], Results]:
+    token, state = torch.zeros(1, 1, dtype=torch.int64), filled_state(model, context)
+
+    @torch.no_grad()
+    def run() -> Results:
+        return {"logits": model(token, state=state).logits}
+
+    return run
+
+
+def _costs(cell: Cell, context: int, contexts: Sequence[int], plan: Plan | None, latency: Mapping[int, float]) -> Costs:
+    counted = (run.facts.get("parameters") for run in (*cell.used.values(), *cell.runs))
+    parameters = next((count for count in counted if isinstance(count, int)), None)
+    logged = [
+        value for run in cell.used.values() for name, value in run.metrics.items() if name.split("/")[-1] == _DECODE
+    ]
+    seconds = fmean(logged) if logged else latency[max(latency)] if latency else None
+    if plan is None:
+        return Costs(parameters, None, None, None, context, seconds)
+    return Costs(
+        parameters=plan.total_params if parameters is None else parameters,
+        flops=plan.prefill_flops(context),
+        decode_flops=plan.decode_flops(context),
+        state_bytes=plan.state_bytes(context),
+        context=context,
+        decode_seconds=seconds,
+        growth={tokens: plan.state_bytes(tokens) for tokens in contexts},
+        latency=latency,
+    )
+
+
+def _known(run: Run, known: dict[str, ModelConfig | None]) -> str:
+    """What tells a run's model from others; its configuration is then known."""
     section = run.config.get("model")
-    # A pipeline's student is described by its exported model alone.
-    net: Any = section.get("net") if isinstance(section, Mapping) else None
+    net = section.get("net") if isinstance(section, Mapping) else None
+    # A student of a distillation is described by its exported model alone.
     key = json.dumps(net, sort_keys=True) if net else str(run.folder)
-    if key not in plans:
-        config = model_config(run)
-        try:
-            plans[key] = None if config is None else plan_model(config, (context,))
-        except ConfigError:
-            plans[key] = None
-    return plans[key]
+    if key not in known:
+        known[key] = model_config(run)
+    return key
 
 
 def _max_tokens(run: Run) -> int:

@@ -9,12 +9,13 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import NDArray
 
 from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.cells import Cell
 from hybridvl.ablation.report.events import Curve
+from hybridvl.ablation.report.guessing import guessing
 from hybridvl.ablation.report.slices import Slices, slices_of
 from hybridvl.ablation.report.style import (
     COLOURS,
@@ -32,8 +33,10 @@ from hybridvl.ablation.report.style import (
     title,
 )
 from hybridvl.ablation.statistics import mean_interval
+from hybridvl.plan.units import tokens, with_prefix
 
 _POINTS = 120  # of a line with a band
+_GUESSING = "guessing"
 _PANELS = 6  # of slices of one metric in a picture
 
 
@@ -112,11 +115,57 @@ def draw_slices(analysis: Analysis, metric: str) -> Figure | None:
         _slices(grid[place // columns][place % columns], analysis, metric, part, indices, names)
     for place in range(len(found), rows * columns):
         grid[place // columns][place % columns].set_visible(False)
-    _legend(made, grid.flat, cell_names(analysis, indices)[0], names)
+    _legend(made, grid.flat, cell_names(analysis, indices)[0], [*names, _GUESSING])
     what = f"{metric} by {' and '.join(dict.fromkeys(part.axis for part in found))}"
     how = f"marks: mean of seeds; bars: {100 * analysis.settings.level:g} % interval"
     title(made, f"{what} ({only})" if only else what, how)
     return made
+
+
+def draw_growth(analysis: Analysis, metric: str) -> Figure | None:
+    """Bytes of state, and time of a decode step where it was measured, of each cell's model against tokens; None if no
+    model is known. Of models that cost the same the first is drawn."""
+    indices, only = shown_cells(analysis, metric, LINES)
+    first: dict[object, int] = {}
+    for index in indices:
+        cost = analysis.costs[index]
+        if cost.growth:
+            first.setdefault((tuple(cost.growth.values()), tuple(cost.latency.values())), index)
+    shown = list(first.values())
+    if not shown:
+        return None
+    timed = any(analysis.costs[index].latency for index in shown)
+    made = figure(12.4 if timed else 7.6, 4.2)
+    panels = made.subplots(1, 2 if timed else 1, squeeze=False)[0]
+    heading, names = cell_names(analysis, shown)
+    for place, (index, name) in enumerate(zip(shown, names, strict=True)):
+        cost = analysis.costs[index]
+        for axes, values, scale in zip(panels, (cost.growth, cost.latency), (1.0, 1e3), strict=False):
+            look = {"color": COLOURS[place % LINES], "marker": MARKERS[place % len(MARKERS)], "markersize": 5}
+            axes.plot([*values], [scale * value for value in values.values()], label=name, linewidth=1.6, **look)
+    for axes, values in zip(panels, (analysis.costs[shown[0]].growth, analysis.costs[shown[0]].latency), strict=False):
+        _token_axis(axes, [*values])
+        axes.set_yscale("log")
+    panels[0].set_ylabel("state of one row, bfloat16", color=INK, fontsize=9.5)
+    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: with_prefix(value, "B")))
+    if timed:
+        panels[1].set_ylabel("measured time of a decode step (ms)", color=INK, fontsize=9.5)
+        panels[1].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panels[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panels[1].yaxis.set_minor_formatter(NullFormatter())
+    _legend(made, panels, heading, names)
+    how = "models that cost the same have one line; times on this machine's CPU in float32" if timed else ""
+    title(made, f"Costs against length ({only})" if only else "Costs against length", how)
+    return made
+
+
+def _token_axis(axes: Axes, lengths: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens(int(value))))
+    axes.set_xlabel("tokens", color=INK, fontsize=9.5)
+    tidy(axes)
 
 
 def _curves(axes: Axes, analysis: Analysis, tag: str, indices: Sequence[int], names: Sequence[str]) -> None:
@@ -174,6 +223,12 @@ def _slices(
         for where, interval in found:
             axes.plot([where, where], [interval.low, interval.high], color=colour, linewidth=1.2, alpha=0.6)
             ends += [interval.low, interval.high]
+        means += heights
+    chances = guessing([analysis.cells[index] for index in indices], part.metrics)
+    if len(chances) == len(part.metrics):
+        places = [where for at in range(len(part.metrics)) for where in (at - 0.35, at + 0.35)]
+        heights = [chances[name] for name in part.metrics for _ in range(2)]
+        axes.plot(places, heights, color=INK, linestyle=":", linewidth=1.2, label=_GUESSING, zorder=1)
         means += heights
     axes.set_xticks(range(len(part.labels)), [plain(label) for label in part.labels])
     if max(map(len, part.labels)) * len(part.labels) > 40:

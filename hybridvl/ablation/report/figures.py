@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from hybridvl.ablation.report.analysis import Analysis
-from hybridvl.ablation.report.curves import draw_curves, draw_slices
+from hybridvl.ablation.report.curves import draw_curves, draw_growth, draw_slices
 from hybridvl.ablation.report.plots import draw_cells, draw_differences, draw_pareto
 
 _DRAWINGS: Sequence[tuple[str, str, Callable[[Analysis, str], Figure | None]]] = (
@@ -28,7 +28,7 @@ class Picture:
 
     Attributes:
         name: of the file.
-        metric: that it is about.
+        metric: that it is about; "" for costs alone.
         shows: what it shows.
         data: of the file.
     """
@@ -47,7 +47,14 @@ def draw_all(analysis: Analysis) -> list[Picture]:
         for name, shows, draw in _DRAWINGS:
             made = draw(analysis, metric)
             if made is not None:
-                data = io.BytesIO()
-                made.savefig(data, format="png")
-                found.append(Picture(f"{start}-{name}.png", metric, shows.format(metric=metric), data.getvalue()))
+                found.append(Picture(f"{start}-{name}.png", metric, shows.format(metric=metric), _png(made)))
+    made = draw_growth(analysis, analysis.metrics[0]) if analysis.metrics else None
+    if made is not None:
+        found.append(Picture("growth.png", "", "state and decode latency against the number of tokens", _png(made)))
     return found
+
+
+def _png(made: Figure) -> bytes:
+    data = io.BytesIO()
+    made.savefig(data, format="png")
+    return data.getvalue()

@@ -22,6 +22,7 @@ def markdown(analysis: Analysis, pictures: Sequence[Picture]) -> str:
         parts += [f"## {name}{better}", _table(HEAD, metric_rows(analysis, name))]
         parts += [f"![{picture.shows}]({picture.name})" for picture in pictures if picture.metric == name]
     parts += ["## Costs", cost_sentence(analysis), _table(COST_HEAD, cost_rows(analysis))]
+    parts += [f"![{picture.shows}]({picture.name})" for picture in pictures if not picture.metric]
     if analysis.left_out:
         parts.append(f"## {counted(len(analysis.left_out), 'run')} that no mean is taken over")
         rows = [(run.name, "" if run.seed is None else str(run.seed), why) for run, why in analysis.left_out]
@@ -70,9 +71,11 @@ def cost_rows(analysis: Analysis) -> list[tuple[str, ...]]:
 def cost_sentence(analysis: Analysis) -> str:
     """What the costs are counted for."""
     context = tokens(analysis.costs[0].context) if analysis.costs else UNKNOWN
+    timed = [max(cost.latency) for cost in analysis.costs if cost.latency]
+    after = f" The decode step was timed after {tokens(timed[0])} tokens, on the CPU in float32." if timed else ""
     return (
         f"Counted from the models' configurations for {context} tokens: forward FLOPs of the decoder and its head per "
-        "token of one pass, and of one more token after it; the state of one row after it, in bfloat16."
+        f"token of one pass, and of one more token after it; the state of one row after it, in bfloat16.{after}"
     )
 
 

@@ -22,7 +22,8 @@ _FACTS = ("steps", "tokens", "seconds")
 def page(analysis: Analysis, pictures: Sequence[Picture]) -> str:
     """The whole page."""
     sections = [(metric, _metric(analysis, metric, pictures)) for metric in analysis.metrics]
-    sections.append(("Costs", f"<p>{escape(cost_sentence(analysis))}</p>{_table(COST_HEAD, cost_rows(analysis))}"))
+    costs = f"<p>{escape(cost_sentence(analysis))}</p>{_table(COST_HEAD, cost_rows(analysis))}{_figures(pictures, '')}"
+    sections.append(("Costs", costs))
     if analysis.left_out:
         rows = [(run.name, _seed(run.seed), why) for run, why in analysis.left_out]
         sections.append((f"Left out ({len(rows)})", _table(("run", "seed", "why no mean is taken over it"), rows)))
@@ -48,13 +49,16 @@ def page(analysis: Analysis, pictures: Sequence[Picture]) -> str:
 
 def _metric(analysis: Analysis, metric: str, pictures: Sequence[Picture]) -> str:
     better = "<p>Lower is better.</p>" if is_cost(metric) else ""
-    shown = [picture for picture in pictures if picture.metric == metric]
-    figures = "".join(
+    return better + _table(HEAD, metric_rows(analysis, metric)) + _figures(pictures, metric)
+
+
+def _figures(pictures: Sequence[Picture], metric: str) -> str:
+    return "".join(
         f'<figure><img alt="{escape(picture.shows)}" width="{_shown_width(picture.data)}" '
         f'src="data:image/png;base64,{base64.b64encode(picture.data).decode()}"></figure>'
-        for picture in shown
+        for picture in pictures
+        if picture.metric == metric
     )
-    return better + _table(HEAD, metric_rows(analysis, metric)) + figures
 
 
 def _chips(analysis: Analysis) -> str:

@@ -12,6 +12,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.cells import is_cost
+from hybridvl.ablation.report.guessing import guessing
 from hybridvl.ablation.report.style import (
     COLOURS,
     FAINT,
@@ -55,12 +56,17 @@ def draw_cells(analysis: Analysis, metric: str) -> Figure | None:
         axes.axvline(mean, color=FAINT, linestyle="--", linewidth=1, zorder=1)
     values = [value for result in results for value in result.values.values()]
     ends = [end for result in results for end in (result.interval.low, result.interval.high)]
+    chance = guessing([analysis.cells[index] for index in indices], [metric]).get(metric)
+    if chance is not None:
+        axes.axvline(chance, color=COLOURS[1], linestyle=":", linewidth=1.2, zorder=1)
+        values.append(chance)
     axes.set_xlim(*limits(values, ends, is_share(metric)))
     _right_texts(axes, [with_interval(result.interval) for result in results])
     axes.set_xlabel(plain(metric_label(metric)), color=INK, fontsize=9.5)
     how = f"dot: mean of seeds; rings: seeds; bar: {_level(analysis)}"
     if len(baselines) == 1:
         how += "; dashed: the baseline's mean"
+    how += "; dotted: guessing" if chance is not None else ""
     _heading(made, f"{metric} by {heading}", only, how)
     return made
 
@@ -112,7 +118,9 @@ def draw_pareto(analysis: Analysis, metric: str) -> Figure | None:
     grid = made.subplots(lines, columns, squeeze=False)
     for place, (name, cost_of, unit) in enumerate(panels):
         axes = grid[place // columns][place % columns]
-        label = name.format(context=tokens(costs[0].context))
+        timed = [max(cost.latency) for cost in costs if cost.latency]
+        after = f" after {tokens(timed[0])} tokens" if timed else ""
+        label = name.format(context=tokens(costs[0].context), measured=after)
         _pareto(axes, analysis, metric, indices, [cost_of(cost) for cost in costs], unit)
         axes.set_xlabel(label, color=INK, fontsize=9.5)
         axes.set_ylabel(plain(metric_label(metric)), color=INK, fontsize=9.5)
@@ -166,7 +174,7 @@ def _pareto(
     if len(set(texts)) == len(texts):  # else the costs differ in digits that units for people leave out
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: unit(value)))
     else:
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.5g}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
     means = [interval.mean for interval in intervals]
     ends = [end for interval in intervals for end in (interval.low, interval.high)]
     axes.set_ylim(*limits(means, ends, is_share(metric)))
@@ -182,7 +190,7 @@ _PANELS = (
     ("parameters", lambda cost: cost.parameters, parameters),
     ("forward FLOPs per token, {context} tokens", lambda cost: cost.flops, lambda value: with_prefix(value, "")),
     ("state of one row after {context} tokens", lambda cost: cost.state_bytes, lambda value: with_prefix(value, "B")),
-    ("measured time of a decode step after {context} tokens", lambda cost: cost.decode_seconds, _milliseconds),
+    ("measured time of a decode step{measured}", lambda cost: cost.decode_seconds, _milliseconds),
 )
 
 

@@ -15,6 +15,7 @@ from hybridvl.ablation.report.cells import Result
 from hybridvl.ablation.report.runs import Run
 from hybridvl.ablation.statistics import Interval
 
+_COSTS = ("parameters", "flops", "decode_flops", "state_bytes", "context", "decode_seconds")
 _FACTS = ("pattern", "parameters", "trainable_parameters", "steps", "tokens", "samples", "seconds")
 
 
@@ -38,16 +39,15 @@ def runs_csv(analysis: Analysis) -> str:
 def cells_csv(analysis: Analysis) -> str:
     """One row a cell and metric: seeds, mean and interval, difference to the baseline with its test, costs."""
     labels = _label_keys(analysis)
-    costs = ("parameters", "flops", "decode_flops", "state_bytes", "decode_seconds", "context")
     head = ["cell", *(f"label {key}" for key in labels), "metric", "runs", *_result_row(None)]
     rows = []
     for name in analysis.logged:
         for cell, result, cost in zip(analysis.cells, analysis.results[name], analysis.costs, strict=True):
             if result.values:
                 own = [cell.labels.get(key, "") for key in labels]
-                spent = [_plain(value) for value in asdict(cost).values()]
+                spent = [_plain(getattr(cost, key)) for key in _COSTS]
                 rows.append([cell.name, *own, name, len(cell.runs), *_result_row(result).values(), *spent])
-    return _csv([*head, *costs], rows)
+    return _csv([*head, *_COSTS], rows)
 
 
 def to_json(analysis: Analysis, figures: Sequence[str] = ()) -> str:
