@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
+
+import torch
 
 from hybridvl.ablation.cells import Cell, baseline_of, with_override
 from hybridvl.ablation.recipes import merged_recipe, recipe_context, recipe_dtype, recipe_model
 from hybridvl.ablation.study import Match, Study
 from hybridvl.layers.errors import ConfigError, within
-from hybridvl.models.config import MAX_SIZE
+from hybridvl.models.config import MAX_SIZE, ModelConfig
 from hybridvl.pipeline.mappings import read_mapping
 from hybridvl.plan.costs import plan_model
 
@@ -86,7 +89,13 @@ def cell_costs(recipes: Recipes, overrides: Mapping[str, Any], context: int | No
     """
     recipe = merged_recipe(recipes, overrides)
     context = context or recipe_context(recipe) or DEFAULT_CONTEXT
-    plan = plan_model(recipe_model(recipes, overrides), [context], recipe_dtype(recipe), "model.net.mixers")
+    net = json.dumps(recipe_model(recipes, overrides).to_dict())
+    return _net_costs(net, context, recipe_dtype(recipe))
+
+
+@lru_cache(maxsize=10_000)  # cells that differ in their data alone have the same model
+def _net_costs(net: str, context: int, dtype: torch.dtype) -> Costs:
+    plan = plan_model(ModelConfig.from_dict(json.loads(net)), [context], dtype, "model.net.mixers")
     return Costs(plan.total_params, plan.prefill_flops(context), plan.state_bytes(context), context, plan.dtype)
 
 

@@ -17,7 +17,7 @@ from hybridvl.layers.errors import ConfigError, within
 from hybridvl.models.config import ModelConfig
 from hybridvl.pattern import PatternError, parse_pattern
 
-# What a later file or a flag gives as a whole.
+# What a later file or a flag gives as a whole; of other mappings it changes what it names.
 _WHOLE = ("model.net.mixers", "model.student.mixers")
 
 
@@ -110,11 +110,11 @@ def _config(place: str, folder: Any) -> ModelConfig:
 
 
 def _join(below: Mapping[str, Any], above: Mapping[str, Any], place: str, flag: str = "") -> dict[str, Any]:
-    """Two mappings, of which the second wins; `flag` is the path of a single value that it holds."""
+    """Two mappings, of which the second wins; `flag` is the path of the single value that it holds, if it is one."""
     joined = dict(below)
     for key, value in above.items():
         path = f"{place}{key}"
-        whole = path == flag or (path in _WHOLE and not flag.startswith(f"{path}."))
+        whole = path in _WHOLE and not flag.startswith(f"{path}.")
         if isinstance(value, Mapping) and isinstance(joined.get(key), Mapping) and not whole:
             joined[key] = _join(joined[key], value, f"{path}.", flag)
         else:

@@ -148,6 +148,12 @@ def test_recipes_are_joined_as_a_fit_joins_them() -> None:
     assert option == {"swa": {"heads": 2, "window": 9}, "gdn": {"heads": 2}}
     whole = merged_recipe([below], {"model.net.mixers": {"full": {}}})["model"]["net"]
     assert whole == {"width": 1, "mixers": {"full": {}}}
+    net = merged_recipe([below], {"model.net": {"width": 5, "mixers": {"full": {}}, "vision": {}}})["model"]["net"]
+    assert net == {"width": 5, "mixers": {"full": {}}, "vision": {}}
+    assert merged_recipe([below], {"model.net": {"pattern": "swa"}})["model"]["net"] == {
+        **below["model"]["net"],
+        "pattern": "swa",
+    }
     assert below["model"]["net"]["mixers"]["swa"]["window"] == 4
 
 
