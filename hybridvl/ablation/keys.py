@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from hybridvl.ablation.recipes import merged_recipe
 from hybridvl.ablation.study import Study
 from hybridvl.layers.errors import ConfigError
+from hybridvl.models.config import ModelConfig, VisionConfig
 from hybridvl.pipeline.mappings import read_mapping
 
 
@@ -22,8 +24,19 @@ def check_keys(study: Study, known: Collection[str]) -> None:
         known: every key that the command line knows; what lies below one that has no keys of its own, such as the
             options of mixers, is not looked at.
     """
+    _check(study, _keys(study), known)
+
+
+def check_net_keys(study: Study) -> None:
+    """The same for keys of model.net alone, for which no command line is needed."""
+    known = {f"model.net.{field.name}" for field in dataclasses.fields(ModelConfig)}
+    known |= {f"model.net.vision.{field.name}" for field in dataclasses.fields(VisionConfig)}
+    _check(study, [(place, key) for place, key in _keys(study) if key.startswith("model.net.")], known)
+
+
+def _check(study: Study, keys: Iterable[tuple[str, str]], known: Collection[str]) -> None:
     recipe = merged_recipe([read_mapping(path) for path in study.recipes], study.overrides)
-    for place, key in _keys(study):
+    for place, key in keys:
         problem = _problem(key, known, recipe)
         if problem:
             raise ConfigError(f"{study.path}: {place}: {key!r} is no key of the recipe{problem}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from hybridvl.ablation.cells import Cell, baseline_of, with_override
+from hybridvl.ablation.keys import check_net_keys
 from hybridvl.ablation.recipes import merged_recipe, recipe_context, recipe_dtype, recipe_model
 from hybridvl.ablation.study import Match, Study
 from hybridvl.layers.errors import ConfigError, within
@@ -71,6 +72,7 @@ def match_cells(study: Study, found: Sequence[Cell]) -> list[Matched]:
         ConfigError: a budget cannot be matched, naming both numbers and the nearest that can be reached; or a mistake
             in the model of a cell.
     """
+    check_net_keys(study)
     recipes = [read_mapping(path) for path in study.recipes]
     with within(str(study.path)):
         if not study.matches:

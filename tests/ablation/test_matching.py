@@ -199,7 +199,26 @@ MISTAKES = [
         "params",
         r"match\.by: model\.net\.mlp_width is what axis 'w' varies; expected another number, or a baseline without 'w'",
     ),
-    (_patterns("swa", "swa*2"), {"budget": "params", "by": "model.net.heads"}, r"unknown key 'heads'; known are"),
+    (
+        _patterns("swa", "swa*2"),
+        {"budget": "params", "by": "model.net.mlpwidth"},
+        r"match\.by: 'model\.net\.mlpwidth' is no key of the recipe, did you mean 'model\.net\.mlp_width'\?",
+    ),
+    (
+        {"p": {"key": "model.net.patern", "values": ["swa", "gdn"]}},
+        "none",
+        r"axes\.p\.key: 'model\.net\.patern' is no key of the recipe, did you mean 'model\.net\.pattern'\?",
+    ),
+    (
+        {"d": {"values": {"a": {}, "b": {"model.net.vision.deph": 2}}}},
+        "none",
+        r"axes\.d\.values\.b: 'model\.net\.vision\.deph' is no key .* 'model\.net\.vision\.depth'\?",
+    ),
+    (
+        {"w": {"key": "model.net.mixers.swa.windw", "values": [1, 2]}},
+        "none",
+        r"cell w=1: model\.net\.mixers\.swa\.windw: unknown option, did you mean 'window'\?",
+    ),
     (
         _patterns("swa", "mamba2"),
         {"budget": "params", "by": "model.net.width"},
