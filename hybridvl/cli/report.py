@@ -129,3 +129,5 @@ def _show(analysis: Analysis) -> None:
         console.print(escape(f"left out     {run.name}: {reason}"))
     if len(analysis.left_out) > _SHOWN:
         console.print(f"and {len(analysis.left_out) - _SHOWN} more runs; report.md has all")
+    for note in analysis.notes:
+        console.print(escape(f"note         {note}"))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from report_runs import recipe, write_run, write_study
 from scipy import stats
 
@@ -117,6 +119,22 @@ def test_failed_runs_are_counted_and_named(study: Path, capsys: pytest.CaptureFi
     assert "9 runs in 3 cells: 8 done, 1 failed" in printed
     assert "ratio=1/seed_2: failed: train/loss is nan at step 40" in printed
     assert "2 of 3" in (study / "report" / "report.md").read_text()
+
+
+def test_runs_of_a_study_that_were_never_started_are_named(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of nine runs two have left no trace; a third is there as a record of its start alone."""
+    described = yaml.safe_load((study / "study.yaml").read_text())
+    (study / "study.yaml").write_text(yaml.safe_dump({**described, "seeds": [0, 1, 2]}, sort_keys=False))
+    for name in ("ratio=1/seed_2", "ratio=1-4/seed_0", "ratio=0/seed_1"):
+        shutil.rmtree(study / name)
+        if name != "ratio=0/seed_1":
+            (study / f"{name}.json").unlink()
+            (study / f"{name}.ended.json").unlink()
+    assert main(["report", str(study)]) == 0
+    found = report(study)
+    assert found["notes"] == ["study ratio: 2 of 9 runs were not started: ratio=1/4 with seed 0; ratio=1 with seed 2"]
+    assert found["statuses"] == {"done": 6, "unfinished": 1}
+    assert "2 of 9 runs were not started" in capsys.readouterr().out
 
 
 def test_a_corrupt_event_file_is_a_warning(study: Path, capsys: pytest.CaptureFixture[str]) -> None:

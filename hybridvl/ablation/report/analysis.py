@@ -20,7 +20,10 @@ from hybridvl.ablation.report.cells import (
 from hybridvl.ablation.report.costs import Costs, cell_costs
 from hybridvl.ablation.report.labels import text
 from hybridvl.ablation.report.runs import DONE, Collected, Run
+from hybridvl.ablation.study import combinations
 from hybridvl.layers.errors import ConfigError, within
+
+_MISSING_SHOWN = 10
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ def analyse(
         notes += [f"{name}: no run logged it yet" for name in named if name not in logged]
     with within("--metrics" if metrics else ""):
         shown = chosen_metrics(runs, wanted)
+    for study in collected.studies:
+        notes += _not_started(study, runs)
     if not shown:
         notes.append("no run has logged any metric yet")
     warnings = list(collected.problems)
@@ -126,6 +131,27 @@ def _orders(study: Mapping[str, Any]) -> dict[str, list[str]]:
         if isinstance(values, Mapping | list):
             found[str(name)] = [text(value) for value in values]
     return found
+
+
+def _not_started(study: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
+    """A line about those runs of a study of which there is no trace, if there are any."""
+    orders, seeds = _orders(study), study.get("seeds")
+    if not orders or not isinstance(seeds, list):
+        return []
+    excluded = [entry for entry in study.get("exclude") or () if isinstance(entry, Mapping)]
+    left_out = [{str(key): text(value) for key, value in entry.items()} for entry in excluded]
+    labels = combinations(orders, left_out)
+    started = {(frozenset(run.labels.items()), run.seed) for run in runs}
+    missing = [
+        f"{', '.join(f'{key}={value}' for key, value in own.items())} with seed {seed}"
+        for own in labels
+        for seed in seeds
+        if (frozenset(own.items()), seed) not in started
+    ]
+    if not missing:
+        return []
+    shown = "; ".join(missing[:_MISSING_SHOWN]) + ("; and others" if len(missing) > _MISSING_SHOWN else "")
+    return [f"study {study.get('name')}: {len(missing)} of {len(labels) * len(seeds)} runs were not started: {shown}"]
 
 
 def _baseline(studies: Sequence[Mapping[str, Any]]) -> dict[str, str]:
