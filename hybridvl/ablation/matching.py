@@ -12,7 +12,7 @@ import torch
 
 from hybridvl.ablation.cells import Cell, baseline_of, with_override
 from hybridvl.ablation.keys import check_net_keys
-from hybridvl.ablation.recipes import merged_recipe, recipe_context, recipe_dtype, recipe_model
+from hybridvl.ablation.recipes import Elsewhere, merged_recipe, recipe_context, recipe_dtype, recipe_model
 from hybridvl.ablation.study import Match, Study
 from hybridvl.layers.errors import ConfigError, within
 from hybridvl.models.config import MAX_SIZE, ModelConfig
@@ -104,10 +104,10 @@ def _net_costs(net: str, context: int, dtype: torch.dtype) -> Costs:
 def _unmatched(cell: Cell, recipes: Recipes) -> Matched:
     try:
         return Matched(cell, cell_costs(recipes, cell.overrides), "", {}, {})
-    except ConfigError as error:
-        if "no such folder here" not in str(error):
-            raise ConfigError(f"cell {cell.name}: {error}") from error
+    except Elsewhere as error:
         return Matched(cell, None, str(error), {}, {})
+    except ConfigError as error:
+        raise ConfigError(f"cell {cell.name}: {error}") from error
 
 
 def _matched(study: Study, found: Sequence[Cell], cell: Cell, recipes: Recipes) -> Matched:

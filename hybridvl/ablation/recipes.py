@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hybridvl.checkpoints import read_config
+from hybridvl.checkpoints.checkpoint import is_hub_id, read_config
 from hybridvl.conversion.target import target_config
 from hybridvl.layers.errors import ConfigError, within
 from hybridvl.models.config import ModelConfig
 from hybridvl.pattern import PatternError, parse_pattern
+
+
+class Elsewhere(ConfigError):
+    """A model that is on a hub, and is not fetched for its configuration."""
+
 
 # What a later file or a flag gives as a whole; of other mappings it changes what it names.
 _WHOLE = ("model.net.mixers", "model.student.mixers")
@@ -58,7 +62,8 @@ def recipe_model(recipes: Sequence[Mapping[str, Any]], overrides: Mapping[str, A
     """The model that is trained: of model.net, of model.source, or the student of model.student.
 
     Raises:
-        ConfigError: a mistake in it, or a teacher or source that is no folder here: what is on a hub is left there.
+        ConfigError: a mistake in it, or a teacher or source that is no folder.
+        Elsewhere: its teacher or source is on a hub.
     """
     recipe = merged_recipe(recipes, overrides)
     stage = resolved_section(recipe, "run.stage") or "supervised"
@@ -103,10 +108,10 @@ def _student(student: Any) -> ModelConfig:
 
 def _config(place: str, folder: Any) -> ModelConfig:
     """The configuration of a model in a folder."""
-    if not Path(str(folder)).is_dir():
-        raise ConfigError(f"{place}: {folder}: no such folder here; what the model costs is known once it is there")
+    if is_hub_id(str(folder)):
+        raise Elsewhere(f"{place}: {folder} is on a hub; what its students cost is known once it is a folder here")
     with within(place):
-        return read_config(folder)
+        return read_config(str(folder))
 
 
 def _join(below: Mapping[str, Any], above: Mapping[str, Any], place: str, flag: str = "") -> dict[str, Any]:

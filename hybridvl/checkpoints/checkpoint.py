@@ -18,7 +18,16 @@ from hybridvl.checkpoints.tensor_files import PICKLES, TensorFiles
 from hybridvl.layers.errors import ConfigError, within
 from hybridvl.models.config import ModelConfig
 
-__all__ = ["EMBEDDING", "FORMAT_VERSION", "HEAD", "Checkpoint", "checkpoint_folder", "open_checkpoint", "read_config"]
+__all__ = [
+    "EMBEDDING",
+    "FORMAT_VERSION",
+    "HEAD",
+    "Checkpoint",
+    "checkpoint_folder",
+    "is_hub_id",
+    "open_checkpoint",
+    "read_config",
+]
 
 HEAD, EMBEDDING = "lm_head.weight", "decoder.embed_tokens.weight"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -137,9 +146,15 @@ def checkpoint_folder(path: str | Path) -> Path:
         raise ConfigError(f"{path}: pickles are never loaded; expected a folder with safetensors")
     if folder.exists():
         raise ConfigError(f"{path}: is a file; expected a folder with config.json and safetensors")
-    if _HUB_ID.fullmatch(str(path)) and not folder.parent.exists():
+    if is_hub_id(path):
         return _download(str(path))
     raise ConfigError(f"{path}: no such folder; expected a checkpoint folder or a hub id")
+
+
+def is_hub_id(path: str | Path) -> bool:
+    """Whether a path that is no folder here names a model of the hub."""
+    folder = usable_path(path)
+    return _HUB_ID.fullmatch(str(path)) is not None and not folder.exists() and not folder.parent.exists()
 
 
 def _download(hub_id: str) -> Path:

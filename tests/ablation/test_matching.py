@@ -14,12 +14,14 @@ from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import hybridvl
 from hybridvl.ablation.cells import cells, runs
 from hybridvl.ablation.matching import Matched, match_cells
 from hybridvl.ablation.recipes import recipe_model
 from hybridvl.ablation.study import Study, read_study
 from hybridvl.ablation.table import cell_rows, cell_table
 from hybridvl.layers.errors import ConfigError
+from hybridvl.models.config import ModelConfig
 from hybridvl.models.vlm import VisionLanguageModel
 from hybridvl.pipeline.mappings import read_mapping
 
@@ -288,17 +290,50 @@ def test_the_table(folder: Path) -> None:
     assert "2 s" in other
 
 
-def test_a_student_of_a_teacher_that_is_not_there(tmp_path: Path) -> None:
-    (tmp_path / "base.yaml").write_text("run: {stage: layers}\nmodel: {student: {teacher: gone/model, pattern: gdn}}\n")
-    (tmp_path / "study.yaml").write_text(
-        "{name: n, recipe: base.yaml, axes: {i: {key: model.student.inherit, values: [none, qkvo]}}}"
-    )
-    study = read_study(tmp_path / "study.yaml")
+STUDENT = "run: {stage: layers}\nmodel: {student: {teacher: TEACHER, pattern: gdn}}\n"
+INHERIT = "{name: n, recipe: base.yaml, axes: {i: {key: model.student.inherit, values: [none, qkvo]}}}"
+
+
+def _students(folder: Path, teacher: str) -> Path:
+    (folder / "base.yaml").write_text(STUDENT.replace("TEACHER", teacher))
+    (folder / "study.yaml").write_text(INHERIT)
+    return folder / "study.yaml"
+
+
+def test_a_student_of_a_teacher_on_the_hub(tmp_path: Path) -> None:
+    path = _students(tmp_path, "someone/teacher")
+    study = read_study(path)
     found = match_cells(study, cells(study))
     assert [matched.costs for matched in found] == [None, None]
+    assert [row["params"] for row in cell_rows(found)] == [None, None]
     console = Console(width=150, record=True)
     console.print(cell_table(study, found))
-    assert "model.student.teacher: gone/model: no such folder here" in " ".join(console.export_text().split())
-    matched = read_study(tmp_path / "study.yaml", {"match": "{budget: params, by: model.student.mixers.gdn.heads}"})
-    with pytest.raises(ConfigError, match=r"model\.student\.teacher: gone/model: no such folder here"):
+    assert "model.student.teacher: someone/teacher is on a hub" in " ".join(console.export_text().split())
+    matched = read_study(path, {"match": "{budget: params, by: model.student.mixers.gdn.heads}"})
+    with pytest.raises(ConfigError, match=rf"^{path}: cell .*: model\.student\.teacher: someone/teacher is on a hub"):
         match_cells(matched, cells(matched))
+
+
+def test_a_student_of_a_teacher_that_is_not_there(tmp_path: Path) -> None:
+    path = _students(tmp_path, f"{tmp_path}/gone/model")
+    study = read_study(path)
+    with pytest.raises(
+        ConfigError, match=rf"^{path}: cell i=none: model\.student\.teacher: .*/gone/model: no such folder"
+    ):
+        match_cells(study, cells(study))
+
+
+def test_a_student_and_a_model_that_goes_on(tmp_path: Path) -> None:
+    teacher = VisionLanguageModel(ModelConfig.from_dict({**NET, "pattern": "full*2"}))
+    hybridvl.save(teacher, tmp_path / "teacher")
+    study = read_study(_students(tmp_path, f"{tmp_path}/teacher"), {"overrides.model.student.pattern": "gdn swa"})
+    recipes = [read_mapping(recipe) for recipe in study.recipes]
+    student = recipe_model(recipes, {"model.student.mixers.swa.window": 8, "model.student.pattern": "gdn swa"})
+    assert (student.pattern, student.width, student.mixers["swa"]["window"]) == ("gdn swa", 64, 8)
+    costs = {entry.costs.params for entry in match_cells(study, cells(study)) if entry.costs}
+    with torch.device("meta"):
+        assert costs == {VisionLanguageModel(student).num_params}
+    source = {"model": {"source": f"{tmp_path}/teacher"}}
+    assert recipe_model([source], {"model.net.activation_checkpointing": True}).activation_checkpointing
+    assert recipe_model([source], {}) == teacher.config
+    assert recipe_model([source, {"model": {"net": {"pattern": "gdn"}}}], {}).pattern == "gdn"
