@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -154,18 +154,22 @@ class LocalEngine:
         return "running"
 
 
-def _start(arguments: Sequence[str], log: Path, slot: Slot, held: int) -> subprocess.Popen[bytes]:
-    """A fit with its output in a log; it holds an open file, and is killed when this process is."""
+def bound_to_slot(slot: Slot) -> Callable[[], None]:
+    """What a new process does first: it takes its cores, and is killed when this one is."""
     parent = os.getpid()
 
     def begin() -> None:
         end_with_parent()
-        if os.getppid() != parent:  # it was killed before it could be bound to
+        if os.getppid() != parent:  # it was killed before this one could be bound to it
             os._exit(1)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, slot.cores)
 
-    environment: Mapping[str, str] = {**os.environ, **slot.environment}
+    return begin
+
+
+def _start(arguments: Sequence[str], log: Path, slot: Slot, held: int) -> subprocess.Popen[bytes]:
+    """A fit with its output in a log, which holds an open file."""
     with log.open("ab") as output:
         # In a session of its own, so that Ctrl-C reaches it only through this process.
         return subprocess.Popen(
@@ -173,8 +177,8 @@ def _start(arguments: Sequence[str], log: Path, slot: Slot, held: int) -> subpro
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**os.environ, **slot.environment},
             start_new_session=True,
             pass_fds=(held,),
-            preexec_fn=begin,
+            preexec_fn=bound_to_slot(slot),
         )

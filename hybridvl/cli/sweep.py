@@ -12,14 +12,14 @@ from pathlib import Path
 
 from hybridvl.ablation.cells import Run, cells, runs
 from hybridvl.ablation.local import LocalEngine, Slot, slots
-from hybridvl.ablation.matching import match_cells
+from hybridvl.ablation.matching import Matched, match_cells
 from hybridvl.ablation.records import RunRecord
 from hybridvl.ablation.study import Study, read_study
 from hybridvl.ablation.study_record import record_study
 from hybridvl.ablation.table import cell_table
 from hybridvl.cli.arguments import Arguments, take_flags
 from hybridvl.cli.output import table_console
-from hybridvl.cli.sweep_view import SweepView
+from hybridvl.cli.sweep_view import SweepView, duration
 from hybridvl.layers.errors import ConfigError
 
 _FLAG = re.compile(
@@ -38,17 +38,16 @@ def main(argv: Sequence[str]) -> int:
     study = read_study(Path(options.file), {match["key"]: value for match, value in flags})
     matched = match_cells(study, cells(study))
     found = runs(study, [entry.cell for entry in matched])
+    places = _places(options.jobs)
     left = [run for run in found if RunRecord(run.folder).state != "done"]
     if left:
         from hybridvl.cli.recipe_check import check_study  # Lightning takes seconds to import
 
         check_study(study, left)
     if options.dry_run:
-        table_console().print(cell_table(study, matched))
-        print(f"{len(left)} of {len(found)} runs to do")
+        _show(study, matched, found, left, places, options.probe)
         return 0
     record_study(study, options.extend)
-    places = _places(options.jobs)
     with SweepView(study.metrics or ("test/exact",), len(places)) as view:
         engine = LocalEngine(found, places, options.retry_failed, view)
         engine.run()
@@ -66,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("file", metavar="FILE", help="YAML: name, root, recipe, overrides, axes, seeds, ...")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time; by default one a GPU, else one a core")
     parser.add_argument("--dry-run", action="store_true", help="check everything, show the cells, do nothing")
+    parser.add_argument("--no-probe", dest="probe", action="store_false", help="in a dry run, measure no steps")
     parser.add_argument("--extend", action="store_true", help="allow cells and seeds that the study has not had so far")
     parser.add_argument("--retry-failed", action="store_true", help="try runs again that have failed")
     for key, what in (("name", "folder of the study"), ("root", "folder of all studies"), ("seeds", "list of seeds")):
@@ -74,6 +74,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--axes.NAME.values", metavar="VALUE", help="in place of the values of an axis")
     parser.add_argument("--values.KEY", metavar="VALUE", help="in place of one of the file's values")
     return parser
+
+
+def _show(
+    study: Study, matched: Sequence[Matched], found: Sequence[Run], left: Sequence[Run], places: list[Slot], probe: bool
+) -> None:
+    """The cells, what they cost, and how long the runs that are left would take."""
+    print(f"{len(left)} of {len(found)} runs to do, {len(places)} at a time")
+    more = {}
+    if probe and left:
+        from hybridvl.cli.sweep_probe import measured_times
+
+        first = {run.cell.name: run for run in reversed(found)}
+        seconds = dict(zip(first, measured_times(list(first.values()), places[0]), strict=True))
+        known = {name: value for name, value in seconds.items() if value is not None}
+        times = [duration(known[entry.cell.name]) if entry.cell.name in known else "?" for entry in matched]
+        more = {"training\nof a run": times}
+        unknown = sum(run.cell.name not in known for run in left)
+        total = sum(known[run.cell.name] for run in left if run.cell.name in known) / len(places)
+        besides = f", and {unknown} runs of unknown length" if unknown else ""
+        print(f"about {duration(total)} of training{besides}, by a few steps of every cell")
+    table_console().print(cell_table(study, matched, more))
 
 
 def _places(jobs: int | None) -> list[Slot]:

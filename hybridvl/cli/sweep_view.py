@@ -90,7 +90,7 @@ class SweepView:
         parts = [f"{counts['done']} of {len(engine.runs)} done"]
         parts += [f"{counts[status]} {status}" for status in _SHOWN if counts[status] and status != "done"]
         left = self._left(engine)
-        return ", ".join(parts) + ("" if left is None else f"; about {_duration(left)} left")
+        return ", ".join(parts) + ("" if left is None else f"; about {duration(left)} left")
 
     def _changes(self, engine: LocalEngine) -> list[int]:
         """The runs whose status has changed; remembers when they began and how long they took."""
@@ -130,7 +130,7 @@ class SweepView:
             f"{value:.4f}" if (value := facts.get("metrics", {}).get(tag)) is not None else "" for tag in self._metrics
         ]
         texts = [_name(engine, index), doing, "" if step is None else f"{step:,}/{steps or '?':,}", pace]
-        texts += ["" if left is None else _duration(left), *shown]
+        texts += ["" if left is None else duration(left), *shown]
         return [Text(texts[0]), Text(texts[1], style=_STYLES.get(status, "")), *(Text(text) for text in texts[2:])]
 
     def _line(self, engine: LocalEngine, index: int) -> str:
@@ -152,7 +152,8 @@ def _left(progress: dict[str, Any]) -> float | None:
     return (steps - step) * seconds / step if step and steps and seconds else None
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,6 +136,22 @@ def test_killed_parents_and_children_lose_nothing(shared: Path, tmp_path: Path) 
             end["callbacks"]["Throughput"].pop("seconds")
         assert ends[0]["global_step"] == 8
         assert cli_runs.differences(*ends) == []
+
+
+def test_a_dry_run_measures_a_few_steps_and_leaves_nothing(tmp_path: Path) -> None:
+    """Of a cell that cannot be trained it does not know how long that would take."""
+    axis = "tokens: {key: data.max_tokens, values: [8, 256]}"
+    _write(tmp_path, STUDY.replace(MIXER, axis))
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(recipe.read_text().replace("max_steps: 8", "max_steps: 1000000"))
+    before = sorted(tmp_path.iterdir())
+    out = _ended(_sweep(tmp_path, "--dry-run", "--jobs", "1"), 0)
+    assert sorted(tmp_path.iterdir()) == before
+    assert "4 of 4 runs to do, 1 at a time" in out
+    assert re.search(r"about \d+ h \d\d min of training, and 2 runs of unknown length, by a few steps of", out)
+    cells = [line.split("│") for line in out.splitlines() if line.startswith(("│ 8 ", "│ 256 "))]
+    assert cells[0][-2].strip() == "?"
+    assert re.fullmatch(r"\d+ h \d\d min", cells[1][-2].strip())
 
 
 def test_a_signal_stops_in_order_and_failures_are_kept(tmp_path: Path) -> None:
