@@ -43,6 +43,7 @@ from hybridvl.training.callbacks.predictions import PredictionWriter
 from hybridvl.training.callbacks.process_group import FIRST, ProcessGroup, follow_first_process, leave_process_group
 from hybridvl.training.callbacks.progress import StepProgress
 from hybridvl.training.callbacks.progress_file import ProgressFile
+from hybridvl.training.callbacks.run_card import RunCard
 from hybridvl.training.callbacks.run_summary import RunSummary
 from hybridvl.training.callbacks.skipped import SkippedSamples
 from hybridvl.training.callbacks.state_norms import StateNorms
@@ -245,7 +246,8 @@ class TrainingCLI(LightningCLI):
         if progress_bar:
             callbacks.append(StepProgress())
         if logged:
-            callbacks += [HParams(seed, self._get(self.config_init, "run").labels), ProgressFile()]
+            labels = self._get(self.config_init, "run").labels
+            callbacks += [HParams(seed, labels), RunCard(seed, labels), ProgressFile()]
         return [*callbacks, ExportModel(), RunSummary()]
 
     def before_fit(self) -> None:

@@ -6,6 +6,7 @@ import colorsys
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -42,8 +43,8 @@ _PANEL_TITLE, _BAR, _PANEL_FOOT, _LEAST_PANEL = 0.5, 0.62, 0.8, 2.2
 _LEAST_PER_ROW, _PER_ROW, _MOST_ROWS = 16, 72, 8  # layers in a row of a strip; beyond 8 rows they become thinner
 
 
-def draw(plans: Sequence[Plan], path: Path) -> None:
-    """Write a PNG of one or several patterns, planned for the same contexts."""
+def draw(plans: Sequence[Plan], path: Path | BinaryIO) -> None:
+    """Write a PNG of one or several patterns, planned for the same contexts, to a path or an open file."""
     span = max(_per_row(plan) for plan in plans)
     strips = [_HEAD + _ROW * _rows(plan, span) + _FOOT for plan in plans]
     panel = max(_BAR * len(plans), _LEAST_PANEL)

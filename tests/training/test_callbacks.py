@@ -6,11 +6,13 @@ import io
 import json
 import mmap
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import matplotlib.image
 import numpy as np
 import pytest
 import tiny
@@ -29,6 +31,7 @@ from hybridvl.training.callbacks.export import ExportModel
 from hybridvl.training.callbacks.hparams import HParams
 from hybridvl.training.callbacks.memory import MemoryMonitor, memory_usage
 from hybridvl.training.callbacks.predictions import PredictionWriter
+from hybridvl.training.callbacks.run_card import RunCard
 from hybridvl.training.callbacks.run_summary import RunSummary
 from hybridvl.training.callbacks.state_norms import StateNorms, state_norms
 from hybridvl.training.callbacks.throughput import Throughput
@@ -184,7 +187,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     module, datamodule = tiny.module(), tiny.data(turns=1)
     summary, throughput = RunSummary(), Throughput()
     callbacks: list[Callback] = [
-        *(throughput, MemoryMonitor(), StateNorms(), ExampleImages(2), HParams(0), ExactResume()),
+        *(throughput, MemoryMonitor(), StateNorms(), ExampleImages(2), HParams(0), RunCard(0, {"ratio": "1/2"})),
+        ExactResume(),
         *(Checkpoints(every_n_steps=3, monitor="val/loss", mode="min"), ExportModel(), summary, PredictionWriter()),
     ]
     trainer = tiny.trainer(tmp_path_factory.mktemp("run"), 8, callbacks, validate=4)
@@ -210,9 +214,31 @@ def test_examples_are_in_tensorboard(run: tuple[Path, dict[str, Any]]) -> None:
 
     events = EventAccumulator(str(min(run[0].glob("events.*"))), size_guidance={"images": 0})
     events.Reload()
-    assert events.Tags()["images"] == ["examples/0", "examples/1"]
+    assert events.Tags()["images"] == ["run/pattern", "examples/0", "examples/1"]
     assert [image.step for image in events.Images("examples/0")] == [4, 8]
     assert (events.Images("examples/0")[0].width, events.Images("examples/0")[0].height) == (400, 440)
+
+
+def test_a_card_says_what_the_run_is(run: tuple[Path, dict[str, Any]]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar import layout_pb2
+
+    events = EventAccumulator(str(min(run[0].glob("events.*"))), size_guidance={"images": 0})
+    events.Reload()
+    text = events.Tensors("run/summary/text_summary")[0].tensor_proto.string_val[0].decode()
+    count = run[1]["module"].net.num_params
+    for row in ("| ratio | `1/2` |", "| pattern | `swa gdn` |", f"| trained parameters | {count:,} |", "| seed | 0 |"):
+        assert row in text.splitlines()
+    picture = matplotlib.image.imread(io.BytesIO(events.Images("run/pattern")[0].encoded_image_string), format="png")
+    assert picture.shape[1] == 1800
+    colours = {tuple(np.rint(colour * 255).astype(int)) for colour in picture[::3, ::3, :3].reshape(-1, 3)}
+    assert {(0xE9, 0xA2, 0x3B), (0x2F, 0x66, 0x90)} <= colours  # a layer of each of the two mixers
+    layout = layout_pb2.Layout.FromString(events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
+    scalars = set(tiny.scalars(run[0]))
+    for category in layout.category:
+        for chart in category.chart:
+            found = {tag for tag in scalars for pattern in chart.multiline.tag if re.match(pattern, tag)}
+            assert found or chart.title == "loss of each layer", chart.title
 
 
 def test_hparams_show_settings_and_real_metrics(run: tuple[Path, dict[str, Any]]) -> None:

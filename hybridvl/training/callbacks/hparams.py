@@ -39,7 +39,7 @@ class HParams(Callback):
         from torch.utils.tensorboard.summary import hparams
 
         labels = {name: _number(text) for name, text in self.labels.items()}
-        settings = {**(labels or _settings(pl_module)), "seed": self.seed}
+        settings = {**(labels or settings_of(pl_module)), "seed": self.seed}
         values = {name: _plain(value) for name, value in settings.items()}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -48,7 +48,8 @@ class HParams(Callback):
                     writer.add_summary(summary)
 
 
-def _settings(module: LightningModule) -> dict[str, Any]:
+def settings_of(module: LightningModule) -> dict[str, Any]:
+    """What people usually tell runs apart by: stage, pattern, sizes and optimizer."""
     if not isinstance(module, TrainingModule):
         return {}
     net, optimizer = module.config, module.optimizer_config
