@@ -19,12 +19,11 @@ LAYOUT = {
     "Quality": {
         "exact answers": ["Multiline", [r"val/exact$", r"test/exact$"]],
         "exact answers by kind": ["Multiline", [r"val/.+_exact$", r"test/.+_exact$"]],
-        "loss": ["Multiline", [r"train/loss$", r"val/loss$", r"val/divergence$"]],
+        "loss": ["Multiline", [r"train/loss$", r"val/loss$", r"val/divergence$", r"train/layer_\d+$"]],
     },
     "Training": {
         "gradient norm": ["Multiline", [r"train/gradient_norm$"]],
         "learning rate": ["Multiline", [r"train/lr$"]],
-        "loss of each layer": ["Multiline", [r"train/layer_\d+$"]],
     },
     "Cost": {
         "tokens per second": ["Multiline", [r"speed/tokens_per_s$"]],
@@ -61,7 +60,7 @@ class RunCard(Callback):
         trained = sum(p.numel() for p in module.net.parameters() if p.requires_grad)
         rows: dict[str, Any] = {**self.labels, **settings_of(module), "trained parameters": trained, "seed": self.seed}
         lines = (f"| {name} | {_shown(value)} |" for name, value in rows.items())
-        return "\n".join(["| | |", "|---|---|", *lines])
+        return "\n".join(["| setting | value |", "|---|---|", *lines])
 
 
 def _picture(module: TrainingModule) -> np.ndarray:
