@@ -13,14 +13,16 @@ from rich.table import Table
 from hybridvl.ablation.report.analysis import Analysis, analyse
 from hybridvl.ablation.report.cache import Cache
 from hybridvl.ablation.report.cells import Settings
-from hybridvl.ablation.report.markdown import HEAD, metric_rows
+from hybridvl.ablation.report.claims import Claim, read_claims
+from hybridvl.ablation.report.markdown import CLAIM_HEAD, HEAD, claim_rows, metric_rows
 from hybridvl.ablation.report.runs import collect
 from hybridvl.ablation.report.wording import counted, headline
 from hybridvl.ablation.report.writing import CACHE, write_report
 from hybridvl.checkpoints.files import usable_path
 from hybridvl.cli.arguments import Arguments
 from hybridvl.cli.output import table_console
-from hybridvl.layers.errors import ConfigError
+from hybridvl.layers.errors import ConfigError, within
+from hybridvl.pipeline.mappings import read_mapping
 
 _SHOWN = 40  # rows of a table in the terminal; the files have all
 
@@ -35,7 +37,8 @@ def main(argv: Sequence[str]) -> int:
     folder = _folder(options.out, options.runs)
     cache = Cache(folder / CACHE)
     collected = collect(options.runs, cache)
-    analysis = analyse(collected, settings, options.metrics or (), options.context, options.latency or ())
+    claims = [] if options.claims is None else _claims(Path(options.claims))
+    analysis = analyse(collected, settings, options.metrics or (), options.context, options.latency or (), claims)
     written = write_report(analysis, folder)
     cache.save()
     _show(analysis)
@@ -84,7 +87,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="TOKENS",
         help="time a decode step of every model after so many tokens, here, on the CPU in float32",
     )
+    parser.add_argument(
+        "--claims", metavar="FILE", help="YAML with a list of claims to be judged, beside those of the study"
+    )
     return parser
+
+
+def _claims(path: Path) -> list[Claim]:
+    content = read_mapping(path)
+    with within(str(path)):
+        return read_claims(content.get("claims"))
 
 
 def _labels(given: Sequence[str] | None) -> dict[str, str]:
@@ -125,6 +137,13 @@ def _show(analysis: Analysis) -> None:
         console.print(table)
         if len(rows) > _SHOWN:
             console.print(f"and {len(rows) - _SHOWN} more cells; report.md has all")
+    if analysis.claims:
+        table = Table(title="claims", title_justify="left")
+        for column in CLAIM_HEAD:
+            table.add_column(column, overflow="fold")
+        for row in claim_rows(analysis):
+            table.add_row(*map(escape, row), style=None if row[1] else "bold")
+        console.print(table)
     for run, reason in analysis.left_out[:_SHOWN]:
         console.print(escape(f"left out     {run.name}: {reason}"))
     if len(analysis.left_out) > _SHOWN:

@@ -11,14 +11,14 @@ from hybridvl.ablation.report.cells import (
     Cell,
     Result,
     Settings,
-    chosen_metrics,
     compare_metric,
     find_baselines,
     group,
-    logged_metrics,
 )
+from hybridvl.ablation.report.claims import Claim, Judged, judge, read_claims
 from hybridvl.ablation.report.costs import Costs, cell_costs
 from hybridvl.ablation.report.labels import text
+from hybridvl.ablation.report.metrics import chosen_metrics, logged_metrics
 from hybridvl.ablation.report.runs import DONE, Collected, Run
 from hybridvl.ablation.study import combinations
 from hybridvl.layers.errors import ConfigError, within
@@ -39,6 +39,7 @@ class Analysis:
         logged: every metric that any run has.
         results: of each cell, by metric; of all that were logged.
         costs: of each cell.
+        claims: with their verdicts.
         notes: what a reader must know about labels and settings.
         warnings: files that could not be read, numbers that are none.
     """
@@ -51,6 +52,7 @@ class Analysis:
     logged: Sequence[str]
     results: Mapping[str, Sequence[Result]]
     costs: Sequence[Costs]
+    claims: Sequence[Judged]
     notes: Sequence[str]
     warnings: Sequence[str]
 
@@ -73,6 +75,7 @@ def analyse(
     metrics: Sequence[str] = (),
     context: int | None = None,
     measured: Sequence[int] = (),
+    claims: Sequence[Claim] = (),
 ) -> Analysis:
     """Group runs to cells and compare them.
 
@@ -83,6 +86,7 @@ def analyse(
         metrics: what the report is about; none: the studies', or the share of exact answers.
         context: tokens for which FLOPs and bytes of state are given; None: the longest sample of any run.
         measured: tokens after which a decode step of every model is timed.
+        claims: to be judged, beside those of the studies.
 
     Raises:
         ConfigError: a metric that no run logged, a baseline that no cell has, no run that was started.
@@ -108,6 +112,10 @@ def analyse(
         notes.append("no run has logged any metric yet")
     warnings = list(collected.problems)
     warnings += [f"{run.folder}: {problem}" for run in runs for problem in run.problems]
+    costs = cell_costs(cells, context, measured)
+    for study in collected.studies:
+        if study.get("claims") is not None:
+            claims = [*read_claims(study["claims"]), *claims]
     return Analysis(
         runs=runs,
         cells=cells,
@@ -116,7 +124,8 @@ def analyse(
         metrics=shown,
         logged=logged,
         results={name: compare_metric(cells, name, baselines, settings) for name in logged},
-        costs=cell_costs(cells, context, measured),
+        costs=costs,
+        claims=judge(claims, runs, cells, costs, settings),
         notes=notes,
         warnings=warnings,
     )

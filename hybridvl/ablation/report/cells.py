@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,20 +108,21 @@ def find_baselines(cells: Sequence[Cell], labels: Mapping[str, str]) -> list[int
     """
     if not labels:
         return [None] * len(cells)
-    keys = list(dict.fromkeys(key for cell in cells for key in cell.labels))
-    by_short = {short: key for key, short in short_names(keys).items()}
-    wanted = {}
-    for given, value in labels.items():
-        key = given if given in keys else by_short.get(given)
-        if key is None:
-            raise ConfigError(f"baseline: {given}: no label; the labels are {', '.join(keys) or 'none'}")
-        values = list(dict.fromkeys(cell.labels.get(key, MISSING) for cell in cells))
-        if value not in values:
-            raise ConfigError(f"baseline: {given}: {value!r}; no run has it, there are {', '.join(values)}")
-        wanted[key] = value
+    wanted = _labels("baseline", cells, labels)
     place = {frozenset(cell.labels.items()): index for index, cell in enumerate(cells)}
     found = [place.get(frozenset({**cell.labels, **wanted}.items())) for cell in cells]
     return [None if there == index else there for index, there in enumerate(found)]
+
+
+def find_cell(cells: Sequence[Cell], labels: Mapping[str, str]) -> int:
+    """The index of the one cell that has some labels; ConfigError unless there is exactly one."""
+    wanted = _labels("cell", cells, labels)
+    fitting = [index for index, cell in enumerate(cells) if wanted.items() <= cell.labels.items()]
+    if len(fitting) != 1:
+        said = ", ".join(f"{key}={value}" for key, value in labels.items()) or "no label"
+        names = "; ".join(cells[index].name for index in fitting) or "; ".join(cell.name for cell in cells)
+        raise ConfigError(f"cell: {said} fits {len(fitting)} cells; expected labels that fit one of {names}")
+    return fitting[0]
 
 
 def compare_metric(
@@ -142,39 +141,20 @@ def compare_metric(
     ]
 
 
-def logged_metrics(runs: Sequence[Run]) -> list[str]:
-    """Every metric of any run: test first, then validation, training and the rest, each by name."""
-    first = {"test": 0, "val": 1, "train": 2}
-    names = {name for run in runs for name in run.metrics}
-    return sorted(names, key=lambda name: (first.get(name.split("/")[0], 3), natural(name)))
-
-
-def chosen_metrics(runs: Sequence[Run], wanted: Sequence[str]) -> list[str]:
-    """The metrics to look at; those that are named, or the exact share of the test, or what there is in its place.
-
-    Raises:
-        ConfigError: a metric that no run logged.
-    """
-    logged = logged_metrics(runs)
-    for name in wanted:
-        if name not in logged:
-            near = difflib.get_close_matches(name, logged, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(f"{name!r}: no run logged it; {hint}there are {', '.join(logged) or 'none'}")
-    if wanted:
-        return list(dict.fromkeys(wanted))
-    counts = Counter(name for run in runs if run.status == DONE for name in run.metrics)
-    usual = ("test/exact", "val/exact", "test/token_accuracy", "val/token_accuracy", "val/loss", "train/loss")
-    found = [name for name in usual if counts[name]]
-    # Runs that were not tested have no test metric: what most of them have says most.
-    return [max(found, key=lambda name: counts[name])] if found else logged[:1]
-
-
-def is_cost(metric: str) -> bool:
-    """Whether less of a metric is better."""
-    name = metric.split("/")[-1]
-    words = ("loss", "divergence", "entropy", "perplexity", "error", "seconds", "latency", "bytes", "step_s")
-    return any(word in name for word in words) or name.startswith("layer_")
+def _labels(place: str, cells: Sequence[Cell], labels: Mapping[str, str]) -> dict[str, str]:
+    """Labels by their whole keys; ConfigError for one that no cell has."""
+    keys = list(dict.fromkeys(key for cell in cells for key in cell.labels))
+    by_short = {short: key for key, short in short_names(keys).items()}
+    wanted = {}
+    for given, value in labels.items():
+        key = given if given in keys else by_short.get(given)
+        if key is None:
+            raise ConfigError(f"{place}: {given}: no label; the labels are {', '.join(keys) or 'none'}")
+        values = list(dict.fromkeys(cell.labels.get(key, MISSING) for cell in cells))
+        if value not in values:
+            raise ConfigError(f"{place}: {given}: {value!r}; no run has it, there are {', '.join(values)}")
+        wanted[key] = value
+    return wanted
 
 
 def _cell(labels: Mapping[str, str], name: str, runs: Sequence[Run]) -> Cell:

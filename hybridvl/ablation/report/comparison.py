@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hybridvl.ablation.report.cache import Cache
-from hybridvl.ablation.report.cells import logged_metrics
 from hybridvl.ablation.report.labels import differing
+from hybridvl.ablation.report.metrics import logged_metrics
 from hybridvl.ablation.report.runs import Run, read_run
 from hybridvl.checkpoints.files import usable_path
 from hybridvl.layers.errors import ConfigError

@@ -23,7 +23,8 @@ from hybridvl.plan.costs import CONTEXTS, Plan, plan_model
 
 _CONTEXT = 1024  # tokens, where runs do not say how long their samples may be
 _DECODE = "decode_seconds"  # a metric of this name, of any stage, is a measured time of a decode step
-_ROUNDS = 15
+_ROUNDS = 5
+BLOCKS = 5
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Costs:
         decode_seconds: time of one more token: what the runs logged, or else what was measured after the most tokens.
         growth: bytes of state by tokens.
         latency: measured seconds of one more token by tokens.
+        latency_growth: what it is after the most tokens over what it is after the fewest, in each of the blocks of
+            rounds that were measured.
     """
 
     parameters: int | None
@@ -49,6 +52,7 @@ class Costs:
     decode_seconds: float | None = None
     growth: Mapping[int, int] = field(default_factory=dict)
     latency: Mapping[int, float] = field(default_factory=dict)
+    latency_growth: tuple[float, ...] = ()
 
 
 def cell_costs(cells: Sequence[Cell], context: int | None = None, measured: Sequence[int] = ()) -> list[Costs]:
@@ -76,18 +80,20 @@ def cell_costs(cells: Sequence[Cell], context: int | None = None, measured: Sequ
     ]
 
 
-def decode_seconds(configs: Mapping[str, ModelConfig], contexts: Sequence[int]) -> dict[str, dict[int, float]]:
+def decode_seconds(configs: Mapping[str, ModelConfig], contexts: Sequence[int]) -> dict[str, dict[int, list[float]]]:
     """Seconds of a decode step of each model after so many tokens, on the CPU in float32.
 
-    The shortest of some rounds in which all models take turns: whatever else runs on the machine only adds. Times do
-    not depend on weights or on what was read, so models are fresh and states are noise.
+    For each of `BLOCKS` blocks the shortest of some rounds in which all models take turns: whatever else runs on the
+    machine only adds. Times do not depend on weights or on what was read, so models are fresh and states are noise.
     """
     models = {key: VisionLanguageModel(dataclasses.replace(config, vision=None)) for key, config in configs.items()}
-    found: dict[str, dict[int, float]] = {key: {} for key in configs}
-    for context in sorted(set(contexts)):
-        sides = [Side(key, _decode(model.eval(), context)) for key, model in models.items()]
-        for key, seconds in interleave(sides, _ROUNDS, warmup=2, measure=timer("cpu")).items():
-            found[key][context] = min(seconds)
+    lengths = sorted(set(contexts))
+    sides = {n: [Side(key, _decode(model.eval(), n)) for key, model in models.items()] for n in lengths}
+    found: dict[str, dict[int, list[float]]] = {key: {n: [] for n in lengths} for key in configs}
+    for _ in range(BLOCKS):
+        for context in lengths:
+            for key, seconds in interleave(sides[context], _ROUNDS, warmup=1, measure=timer("cpu")).items():
+                found[key][context].append(min(seconds))
     return found
 
 
@@ -118,12 +124,15 @@ def _decode(model: VisionLanguageModel, context: int) -> Callable[[], Results]:
     return run
 
 
-def _costs(cell: Cell, context: int, contexts: Sequence[int], plan: Plan | None, latency: Mapping[int, float]) -> Costs:
+def _costs(
+    cell: Cell, context: int, contexts: Sequence[int], plan: Plan | None, times: Mapping[int, Sequence[float]]
+) -> Costs:
     counted = (run.facts.get("parameters") for run in (*cell.used.values(), *cell.runs))
     parameters = next((count for count in counted if isinstance(count, int)), None)
     logged = [
         value for run in cell.used.values() for name, value in run.metrics.items() if name.split("/")[-1] == _DECODE
     ]
+    latency = {tokens: min(blocks) for tokens, blocks in times.items()}
     seconds = fmean(logged) if logged else latency[max(latency)] if latency else None
     if plan is None:
         return Costs(parameters, None, None, None, context, seconds)
@@ -136,6 +145,7 @@ def _costs(cell: Cell, context: int, contexts: Sequence[int], plan: Plan | None,
         decode_seconds=seconds,
         growth={tokens: plan.state_bytes(tokens) for tokens in contexts},
         latency=latency,
+        latency_growth=tuple(b / a for a, b in zip(times[min(times)], times[max(times)], strict=True)) if times else (),
     )
 
 

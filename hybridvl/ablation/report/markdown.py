@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hybridvl.ablation.report.analysis import Analysis
-from hybridvl.ablation.report.cells import is_cost
 from hybridvl.ablation.report.figures import Picture
+from hybridvl.ablation.report.metrics import is_cost
 from hybridvl.ablation.report.wording import UNKNOWN, counted, headline, method, number, probability, with_interval
 from hybridvl.plan.units import tokens, with_prefix
 
 HEAD = ("cell", "seeds", "mean", "difference to baseline", "p (Holm)")
+CLAIM_HEAD = ("claim, and what it rests on", "claimed", "found", "verdict")
+CLAIM_SENTENCE = (
+    "A part is supported when its whole interval is in the range that is claimed, not supported when no point of it is "
+    "there, else undecided; a claim is supported when all of its parts are, and not supported when one of them is not."
+)
 COST_HEAD = ("cell", "parameters", "FLOPs per token", "FLOPs of a decode step", "state", "decode step")
 
 
 def markdown(analysis: Analysis, pictures: Sequence[Picture]) -> str:
     """The whole report, with links to the pictures beside it."""
     parts = ["# Report", f"{headline(analysis)}.", method(analysis)]
+    if analysis.claims:
+        parts += ["## Claims", CLAIM_SENTENCE, _claims(analysis)]
     for name in analysis.metrics:
         better = " (lower is better)" if is_cost(name) else ""
         parts += [f"## {name}{better}", _table(HEAD, metric_rows(analysis, name))]
@@ -36,6 +43,17 @@ def markdown(analysis: Analysis, pictures: Sequence[Picture]) -> str:
         "both in report.json and report.html."
     )
     return "\n\n".join(parts) + "\n"
+
+
+def claim_rows(analysis: Analysis) -> list[tuple[str, ...]]:
+    """Rows of `CLAIM_HEAD`: one for each claim, and after it one for each of its parts."""
+    rows: list[tuple[str, ...]] = []
+    for claim in analysis.claims:
+        rows.append((claim.text, "", "", claim.verdict))
+        for finding in claim.findings:
+            shown = with_interval(finding.interval) + (f", {finding.reason}" if finding.reason else "")
+            rows.append((finding.quantity, finding.claimed, shown, finding.verdict))
+    return rows
 
 
 def metric_rows(analysis: Analysis, metric: str) -> list[tuple[str, ...]]:
@@ -77,6 +95,14 @@ def cost_sentence(analysis: Analysis) -> str:
         f"Counted from the models' configurations for {context} tokens: forward FLOPs of the decoder and its head per "
         f"token of one pass, and of one more token after it; the state of one row after it, in bfloat16.{after}"
     )
+
+
+def _claims(analysis: Analysis) -> str:
+    lines = []
+    for name, claimed, found, verdict in claim_rows(analysis):
+        said = f"{_escaped(name)} is {_escaped(found)}; claimed: {claimed}" if claimed else f"**{_escaped(name)}**"
+        lines.append(f"{'    ' if claimed else ''}- {verdict}: {said}")
+    return "\n".join(lines)
 
 
 def _is_baseline(analysis: Analysis, name: str) -> bool:

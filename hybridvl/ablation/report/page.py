@@ -7,13 +7,24 @@ from collections.abc import Sequence
 from html import escape
 
 from hybridvl.ablation.report.analysis import Analysis
-from hybridvl.ablation.report.cells import is_cost
+from hybridvl.ablation.report.claims import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 from hybridvl.ablation.report.figures import Picture
-from hybridvl.ablation.report.markdown import COST_HEAD, HEAD, cost_rows, cost_sentence, metric_rows
+from hybridvl.ablation.report.markdown import (
+    CLAIM_HEAD,
+    CLAIM_SENTENCE,
+    COST_HEAD,
+    HEAD,
+    claim_rows,
+    cost_rows,
+    cost_sentence,
+    metric_rows,
+)
+from hybridvl.ablation.report.metrics import is_cost
 from hybridvl.ablation.report.page_style import SCRIPT, STYLE
 from hybridvl.ablation.report.runs import DONE
 from hybridvl.ablation.report.wording import UNKNOWN, headline, method, number, with_interval
 
+_CHIPS = (DONE, "failed", "killed", "unfinished", SUPPORTED, NOT_SUPPORTED, UNDECIDED)
 _LONG = 44  # characters; longer texts are cut by the page's style and shown whole under the mouse
 _SCALE = 0.62  # of the pictures, which have more pixels than most screens
 _FACTS = ("steps", "tokens", "seconds")
@@ -21,7 +32,11 @@ _FACTS = ("steps", "tokens", "seconds")
 
 def page(analysis: Analysis, pictures: Sequence[Picture]) -> str:
     """The whole page."""
-    sections = [(metric, _metric(analysis, metric, pictures)) for metric in analysis.metrics]
+    sections = []
+    if analysis.claims:
+        claims = f"<p>{escape(CLAIM_SENTENCE)}</p>{_table(CLAIM_HEAD, claim_rows(analysis))}"
+        sections.append((f"Claims ({len(analysis.claims)})", claims))
+    sections += [(metric, _metric(analysis, metric, pictures)) for metric in analysis.metrics]
     costs = f"<p>{escape(cost_sentence(analysis))}</p>{_table(COST_HEAD, cost_rows(analysis))}{_figures(pictures, '')}"
     sections.append(("Costs", costs))
     if analysis.left_out:
@@ -92,7 +107,7 @@ def _metrics(analysis: Analysis) -> str:
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], searched: bool = False) -> str:
     numeric = [bool(place) and any(_is_number(row[place]) for row in rows) for place in range(len(head))]
     columns = "".join(f"<th{_kind(right)}>{escape(name)}</th>" for name, right in zip(head, numeric, strict=True))
-    lines = "".join(f"<tr>{''.join(map(_entry, row, numeric))}</tr>" for row in rows)
+    lines = "".join(f"<tr{_strong(row)}>{''.join(map(_entry, row, numeric))}</tr>" for row in rows)
     search = '<input type="search" placeholder="show rows that contain ..." aria-label="search">' if searched else ""
     return (
         f'<div class="table">{search}<div class="scroll"><table><thead><tr>{columns}</tr></thead>'
@@ -102,14 +117,19 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], searched: bool = 
 
 def _entry(text: str, right: bool) -> str:
     """A table cell; numbers stand to the right, statuses have their colour."""
-    if text in (DONE, "failed", "killed", "unfinished"):
-        return f'<td><span class="chip {text}">{text}</span></td>'
+    if text in _CHIPS:
+        return f'<td><span class="chip {text.replace(" ", "-")}">{text}</span></td>'
     long = f' title="{escape(text)}"' if len(text) > _LONG and not right else ""
     return f"<td{_kind(right)}{long}>{escape(text)}</td>"
 
 
 def _is_number(text: str) -> bool:
     return text[:1].isdigit() or (text[:1] in ("+", "-") and text[1:2].isdigit())
+
+
+def _strong(row: Sequence[str]) -> str:
+    """Rows that say nothing but their name and verdict are headings of those after them."""
+    return ' class="strong"' if row[1:-1] and not any(row[1:-1]) else ""
 
 
 def _kind(right: bool) -> str:

@@ -21,14 +21,16 @@ th { position: sticky; top: 0; background: #eef1f4; text-align: left; padding: 7
 th:first-child, td:first-child { position: sticky; left: 0; background: inherit } th:first-child { z-index: 2 }
 thead tr { background: #eef1f4 } tbody tr { background: white } tbody tr:hover { background: #f3f7fb }
 td { padding: 5px 11px; border-bottom: 1px solid #f0f1f3; white-space: nowrap }
-td.n, th.n { text-align: right }
+td.n, th.n { text-align: right } tr.strong td { font-weight: 600; background: #f6f7f9; max-width: none }
 td:not(.n) { max-width: 44ch; overflow: hidden; text-overflow: ellipsis }
 th[data-down="1"]::after { content: " \\2193" } th[data-down="0"]::after { content: " \\2191" }
 input[type=search] { font: inherit; padding: 6px 10px; margin-bottom: 10px; width: 320px; max-width: 100%;
   border: 1px solid var(--line); border-radius: 8px }
 .chip { display: inline-block; padding: 0 9px; border-radius: 999px; font-size: 13px; background: #e8eaee }
-.chip.done { background: #dcefe6; color: #1d6b4b } .chip.failed { background: #f8dfd9; color: #9b2f17 }
-.chip.killed { background: #fbe9d0; color: #8a5a0b } .chip.unfinished { background: #ece7f4; color: #55397f }
+.chip.done, .chip.supported { background: #dcefe6; color: #1d6b4b }
+.chip.failed, .chip.not-supported { background: #f8dfd9; color: #9b2f17 }
+.chip.killed { background: #fbe9d0; color: #8a5a0b }
+.chip.unfinished, .chip.undecided { background: #ece7f4; color: #55397f }
 ul { margin: 0; padding-left: 20px }
 @media print { .scroll { max-height: none } input, nav { display: none } }
 """

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from hybridvl.ablation.report.analysis import Analysis
-from hybridvl.ablation.report.cells import is_cost
 from hybridvl.ablation.report.guessing import guessing
+from hybridvl.ablation.report.metrics import is_cost
 from hybridvl.ablation.report.style import (
     COLOURS,
     FAINT,

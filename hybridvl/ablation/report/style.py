@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from hybridvl.ablation.report.analysis import Analysis
-from hybridvl.ablation.report.cells import is_cost
+from hybridvl.ablation.report.metrics import is_cost
 
 INK, FAINT, GRID = "#22252b", "#6b7280", "#e5e7eb"
 COLOURS = (

@@ -70,6 +70,7 @@ def to_json(analysis: Analysis, figures: Sequence[str] = ()) -> str:
         "statuses": analysis.statuses,
         "settings": asdict(analysis.settings),
         "metrics": list(analysis.metrics),
+        "claims": [{**asdict(claim), "verdict": claim.verdict} for claim in analysis.claims],
         "cells": cells,
         "runs": [_run(run) for run in analysis.runs],
         "left_out": [{"run": str(run.folder), "reason": reason} for run, reason in analysis.left_out],

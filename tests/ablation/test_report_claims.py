@@ -1,0 +1,203 @@
+"""Claims: what intervals decide about them, and what they may not say."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from report_runs import recipe, write_run, write_study
+from scipy import stats
+
+from hybridvl.ablation.report.analysis import analyse
+from hybridvl.ablation.report.cache import Cache
+from hybridvl.ablation.report.cells import Settings
+from hybridvl.ablation.report.claims import Finding, Judged, read_claims
+from hybridvl.ablation.report.runs import collect
+from hybridvl.ablation.statistics import Interval
+from hybridvl.cli import main
+from hybridvl.layers.errors import ConfigError
+
+VALUES = {"0": [0.42, 0.40, 0.47], "1/4": [0.61, 0.66, 0.70], "1": [0.60, 0.68, 0.69]}
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    return write_study(tmp_path / "ratio", VALUES)
+
+
+def judged(folder: Path, *claims: dict[str, Any], measured: tuple[int, ...] = ()) -> list[Judged]:
+    found = read_claims([{"claim": "So it is.", **claim} for claim in claims])
+    return list(analyse(collect([folder], Cache()), Settings(), measured=measured, claims=found).claims)
+
+
+def only(folder: Path, claim: dict[str, Any], measured: tuple[int, ...] = ()) -> Finding:
+    ((finding,),) = (judge.findings for judge in judged(folder, claim, measured=measured))
+    return finding
+
+
+@pytest.mark.parametrize(
+    ("bounds", "verdict"),
+    [
+        ({"above": 0.3}, "supported"),
+        ({"above": 0.5}, "undecided"),
+        ({"above": 0.9}, "not supported"),
+        ({"below": 0.9}, "supported"),
+        ({"below": 0.4}, "undecided"),
+        ({"below": 0.1}, "not supported"),
+        ({"between": [0.3, 0.6]}, "supported"),
+        ({"between": [0.45, 0.6]}, "undecided"),
+        ({"between": [0.6, 0.7]}, "not supported"),
+    ],
+)
+def test_the_interval_decides(study: Path, bounds: dict[str, Any], verdict: str) -> None:
+    """That of the first cell is 0.430 [0.340, 0.520]."""
+    finding = only(study, {"cell": {"ratio": "0"}, "metric": "test/exact", **bounds})
+    low, high = stats.t.interval(0.95, 2, 0.43, stats.sem(VALUES["0"]))
+    assert (finding.interval.low, finding.interval.high) == pytest.approx((low, high))
+    assert finding.verdict == verdict
+    assert finding.quantity == "test/exact of ratio=0"
+
+
+def test_paired_differences_decide(study: Path) -> None:
+    claim = {"cell": {"ratio": "0"}, "than": {"ratio": "1/4"}, "metric": "test/exact", "below": 0}
+    finding = only(study, claim)
+    interval = stats.ttest_rel(VALUES["0"], VALUES["1/4"]).confidence_interval()
+    assert (finding.interval.low, finding.interval.high) == pytest.approx((interval.low, interval.high))
+    assert (finding.verdict, finding.claimed) == ("supported", "below 0")
+    assert finding.quantity == "test/exact of ratio=0 minus that of ratio=1/4"
+
+
+verdicts = st.lists(st.sampled_from(["supported", "not supported", "undecided"]), min_size=1, max_size=4)
+
+
+@given(verdicts)
+def test_a_claim_is_as_good_as_its_worst_part(found: list[str]) -> None:
+    nothing = Interval(math.nan, math.nan, math.nan, math.nan, 0)
+    verdict = Judged("So it is.", tuple(Finding("", "", nothing, verdict) for verdict in found)).verdict
+    order = ["not supported", "undecided", "supported"]
+    assert verdict == min(found, key=order.index)
+
+
+def test_states_that_grow_and_states_that_do_not(tmp_path: Path) -> None:
+    for mixer, pattern in {"hybrid": "gdn*2 swa", "full": "full*3"}.items():
+        config = recipe(0, {"mixer": mixer}, pattern)
+        config["model"]["net"]["mixers"]["full"] = {"heads": 2, "kv_heads": 2, "head_dim": 16}
+        write_run(tmp_path / mixer / "seed_0", config, {"test/exact": 0.5})
+    metric = "growth/state_bytes"
+    flat, grows, timed = judged(
+        tmp_path,
+        {"cell": {"mixer": "hybrid"}, "metric": metric, "between": [1, 1]},
+        {"cell": {"mixer": "full"}, "metric": metric, "above": 500},
+        {"cell": {"mixer": "full"}, "metric": "growth/decode_seconds", "above": 0},
+    )
+    assert flat.verdict == grows.verdict == "supported"
+    assert grows.findings[0].quantity == f"{metric} of mixer=full, from 128 to 64K tokens"
+    assert grows.findings[0].interval.mean == pytest.approx(512, rel=0.01)  # the window's tokens aside
+    assert (timed.verdict, timed.findings[0].reason) == ("undecided", "not measured, see --latency")
+    measured = only(
+        tmp_path, {"cell": {"mixer": "full"}, "metric": "growth/decode_seconds", "above": 0.001}, measured=(8, 64)
+    )
+    assert measured.interval.count == 5
+    assert measured.quantity == "growth/decode_seconds of mixer=full, from 8 to 64 tokens"
+
+
+def test_beyond_guessing(tmp_path: Path) -> None:
+    for seed, value in enumerate((0.58, 0.6, 0.62)):
+        config = recipe(seed, {"mixer": "gdn"})
+        path = "hybridvl.data.probes.frame_recall.FrameRecall"
+        config["data"]["task"] = {"class_path": path, "init_args": {"frames": 4, "test_streams": 8}}
+        write_run(tmp_path / "gdn" / f"seed_{seed}", config, {"test/exact": value})
+    finding = only(tmp_path, {"cell": {"mixer": "gdn"}, "metric": "test/exact", "chance": True, "above": 0.4})
+    assert finding.interval.mean == pytest.approx(0.5)
+    assert finding.quantity == "test/exact of mixer=gdn minus guessing (0.1)"
+    assert finding.verdict == "supported"
+
+
+def test_too_little_to_decide(study: Path, tmp_path: Path) -> None:
+    write_study(tmp_path / "one", {"0": [0.5], "1": [0.6]})
+    claim = {"cell": {"ratio": "0"}, "metric": "test/exact", "above": 0}
+    assert only(tmp_path / "one", claim).reason == "fewer than two seeds are done"
+    assert only(tmp_path / "one", {**claim, "than": {"ratio": "1"}}).reason == "fewer than two pairs of seeds are done"
+    assert only(study, {**claim, "chance": True}).reason == "it is not known how far guessing gets"
+
+
+def test_the_report_states_them(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of the study itself, and those of a file."""
+    described = yaml.safe_load((study / "study.yaml").read_text())
+    own = {"claim": "More is better.", "cell": {"ratio": 1}, "than": {"ratio": 0}, "metric": "test/exact", "above": 0}
+    (study / "study.yaml").write_text(yaml.safe_dump({**described, "claims": [own]}, sort_keys=False))
+    more = {
+        "claim": "A quarter is <enough>.",
+        "parts": [{"cell": {"ratio": "1/4"}, "metric": "test/exact", "above": 0.7}],
+    }
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"claims": [more]}))
+    assert main(["report", str(study), "--claims", str(tmp_path / "more.yaml")]) == 0
+    found = json.loads((study / "report" / "report.json").read_text())["claims"]
+    assert [(claim["text"], claim["verdict"]) for claim in found] == [
+        ("More is better.", "supported"),
+        ("A quarter is <enough>.", "undecided"),
+    ]
+    text = (study / "report" / "report.md").read_text()
+    assert "- supported: **More is better.**" in text
+    assert "    - supported: test/exact of ratio=1 minus that of ratio=0 is 0.227 [" in text
+    assert "A quarter is &lt;enough&gt;." in (study / "report" / "report.html").read_text()
+    assert "undecided" in capsys.readouterr().out
+
+
+PART = {"cell": {"ratio": "0"}, "metric": "test/exact", "above": 0}
+
+
+@pytest.mark.parametrize(
+    ("claims", "message"),
+    [
+        (None, "claims: None; expected a list of claims"),
+        ([], "claims: []; expected a list of claims"),
+        (["yes"], r"claims[0]: 'yes'; expected a mapping of claim and parts"),
+        ([{"claim": "", **PART}], "claims[0].claim: ''; expected a sentence"),
+        ([{"claim": "A", "parts": []}], "claims[0].parts: []; expected a list of parts"),
+        ([{"claim": "A", "parts": [PART], **PART}], "expected a list of parts, or one part beside the claim"),
+        ([{"claim": "A", "part": [PART]}], "claims[0].part: unknown key, did you mean 'parts'?"),
+        (
+            [{"claim": "A", "parts": [{**PART, "abov": 1}]}],
+            "claims[0].parts[0].abov: unknown key, did you mean 'above'?",
+        ),
+        ([{"claim": "A", "cell": {}, "metric": "m"}], "claims[0]: no range; expected one of above: NUMBER"),
+        ([{"claim": "A", **PART, "below": 1}], "claims[0]: above, below; expected one of above: NUMBER"),
+        ([{"claim": "A", **PART, "above": "high"}], "claims[0].above: 'high'; expected above: NUMBER"),
+        ([{"claim": "A", "cell": {}, "metric": "m", "between": [2, 1]}], "claims[0].between: [2, 1]; expected above"),
+        ([{"claim": "A", **PART, "metric": 3}], "claims[0].metric: 3; expected the tag of a metric"),
+        ([{"claim": "A", **PART, "chance": "yes"}], "claims[0].chance: 'yes'; expected true or false"),
+    ],
+)
+def test_claims_that_say_nothing(claims: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        read_claims(claims)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ({**PART, "cell": {"ratio": "1/3"}}, "claims[0]: cell: ratio: '1/3'; no run has it, there are 0, 1/4, 1"),
+        ({**PART, "cell": {"window": 4}}, "claims[0]: cell: window: no label; the labels are ratio"),
+        (
+            {**PART, "cell": {}},
+            "claims[0]: cell: no label fits 3 cells; expected labels that fit one of ratio=0; ratio=1/4",
+        ),
+        ({**PART, "metric": "test/exakt"}, "claims[0]: 'test/exakt': no run logged it; did you mean 'test/exact'?"),
+        (
+            {**PART, "metric": "growth/state_bytes", "than": {"ratio": "1"}},
+            "claims[0]: than: {'ratio': '1'}; growth/state_bytes is of one cell",
+        ),
+    ],
+)
+def test_claims_about_nothing(study: Path, tmp_path: Path, part: dict, message: str, capsys: Any) -> None:
+    (tmp_path / "claims.yaml").write_text(yaml.safe_dump({"claims": [{"claim": "A", **part}]}))
+    assert main(["report", str(study), "--claims", str(tmp_path / "claims.yaml")]) == 2
+    assert message in capsys.readouterr().err
