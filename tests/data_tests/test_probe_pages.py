@@ -81,8 +81,18 @@ def test_a_page_of_one_size_has_smaller_digits(count: int, page: int, index: int
 
 
 def test_every_number_of_digits_is_as_likely() -> None:
-    source = DensePages((3, 12)).source("train", 0)
-    assert_uniform([len(source.drawn(index)) for index in range(2000)], 3, 12)
+    for task, split in ((DensePages((3, 12)), "test"), (DensePages((3, 12), skew=0.0), "train")):
+        source = task.source(split, 0)  # type: ignore[arg-type]
+        assert_uniform([len(source.drawn(index)) for index in range(2000)], 3, 12)
+
+
+@pytest.mark.parametrize("skew", [1.0, 2.0])
+def test_training_shows_small_pages_more_often(skew: float) -> None:
+    source = DensePages((1, 6), skew=skew).source("train", 0)
+    counts = np.bincount([len(source.drawn(index)) for index in range(3000)], minlength=7)[1:]
+    weights = 1 / np.arange(1, 7) ** skew
+    expected = 3000 * weights / weights.sum()
+    assert (np.abs(counts - expected) < 5 * np.sqrt(expected)).all()
 
 
 @given(
@@ -180,6 +190,7 @@ def test_only_training_pages_are_distorted(probe: Any) -> None:
         (DensePages, {"cell": 0}, r"data\.task\.cell: 0; expected at least 1"),
         (DensePages, {"digits": 50, "page": 31}, r"data\.task\.page: 31 pixels; expected at least 32, 4 for each of 8"),
         (DensePages, {"augment": 3.0}, r"data\.task\.augment: 3\.0; expected a number from 0 to 2"),
+        (DensePages, {"skew": -1.0}, r"data\.task\.skew: -1\.0; expected a number from 0 to 10"),
         (DensePages, {"test_samples": 0}, r"data\.task\.test_samples: 0"),
         (PageOrder, {"pages": 1}, r"data\.task\.pages: 1; expected at least 2"),
         (PageOrder, {"pages": (1, 5)}, r"data\.task\.pages: \[1, 5\]; expected at least 2"),

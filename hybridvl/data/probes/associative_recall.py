@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix
+from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix, require_number
 from hybridvl.data.probes.symbols import ASK, LONGEST_STREAM, draw_pairs, require_labels, signs_text
 from hybridvl.data.task import Split, require_span
 from hybridvl.layers.errors import ConfigError
@@ -76,8 +76,7 @@ class AssociativeRecall(Probe[Pairs]):
                 f"data.task.length: {length if isinstance(length, int) else list(self.length)}; expected at least "
                 f"{needed} slots, for {self.pairs[1]} pairs and {self._queries(self.pairs[1])} queries"
             )
-        if not 0 <= power <= 10:
-            raise ConfigError(f"data.task.power: {power}; expected a number from 0 to 10")
+        require_number("power", power, 10)
         self.power = power
         self.letters = letters
         self.digits = digits

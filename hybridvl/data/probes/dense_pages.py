@@ -10,21 +10,22 @@ from numpy.typing import NDArray
 
 from hybridvl.data.digits import scan_splits, scans
 from hybridvl.data.probes.frames import MOST_DISTORTED
-from hybridvl.data.probes.probe import Asked, Probe, bucket, require_share
+from hybridvl.data.probes.probe import Asked, Probe, bucket, require_number
 from hybridvl.data.scans import PAPER, render_page
 from hybridvl.data.task import Split, require_span
 from hybridvl.layers.errors import ConfigError
 
 _MOST_DIGITS = 10_000
 _SMALLEST_CELL = 4
+_MOST_SKEW = 10
 
 
 class DensePages(Probe[NDArray[np.int64]]):
     """Pages of n scanned digits with the one question "Read the page.": how many can be read before reading fails?
 
     The digits stand in as many columns as lines, or nearly so: ceil(sqrt(n)) columns, of which the last line may fill
-    some; the answer is the lines. Every n is as likely as any other. Kinds are "digits_5_8" and so on, and guessing n
-    digits is right 10 ** -n of the times; part of a page that is right shows in the accuracy of tokens.
+    some; the answer is the lines. In evaluation every n is as likely as any other. Kinds are "digits_5_8" and so on.
+    Guessing n digits is right 10 ** -n of the times; part of a page that is right shows in the accuracy of tokens.
 
     With `cell`, pages grow with their digits, and so do the tokens that they are read from. With `page`, all pages are
     of one size, and the digits shrink. No scan is in two splits.
@@ -34,6 +35,8 @@ class DensePages(Probe[NDArray[np.int64]]):
         cell: pixels per side of a digit's cell.
         page: pixels per side of a page, instead of `cell`; null: as many as its cells need.
         separator: what stands between the digits of a line in an answer.
+        skew: how much more often training shows small pages, from which reading is learnt first: n digits have a weight
+            of n ** -skew; at 0 every n is as likely.
         augment: strength of the distortion of training digits; 0 turns it off, 1 is as strong as it stays legible.
         train_samples: training pages in an epoch.
         val_samples: validation pages.
@@ -46,6 +49,7 @@ class DensePages(Probe[NDArray[np.int64]]):
         cell: int = 8,
         page: int | None = None,
         separator: str = "",
+        skew: float = 1.0,
         augment: float = 0.5,
         train_samples: int = 16_000,
         val_samples: int = 256,
@@ -53,7 +57,8 @@ class DensePages(Probe[NDArray[np.int64]]):
     ) -> None:
         super().__init__((train_samples, val_samples, test_samples), "samples", {"cell": cell})
         self.digits = require_span("data.task.digits", digits, _MOST_DIGITS)
-        require_share("augment", augment, MOST_DISTORTED)
+        require_number("augment", augment, MOST_DISTORTED)
+        require_number("skew", skew, _MOST_SKEW)
         if page is not None and page < _SMALLEST_CELL * _columns(self.digits[1]):
             raise ConfigError(
                 f"data.task.page: {page} pixels; expected at least {_SMALLEST_CELL * _columns(self.digits[1])}, "
@@ -62,11 +67,14 @@ class DensePages(Probe[NDArray[np.int64]]):
         self.cell = cell
         self.page = page
         self.separator = separator
+        self.skew = skew
         self.augment = augment
 
     def draw(self, rng: np.random.Generator, split: Split) -> NDArray[np.int64]:
         """(n,) which scans stand on the page, line by line."""
-        return rng.choice(scan_splits()[split], size=int(rng.integers(self.digits[0], self.digits[1] + 1)))
+        numbers = np.arange(self.digits[0], self.digits[1] + 1)
+        weights = numbers.astype(float) ** -(self.skew if split == "train" else 0.0)
+        return rng.choice(scan_splits()[split], size=int(rng.choice(numbers, p=weights / weights.sum())))
 
     def show(self, drawn: NDArray[np.int64], rng: np.random.Generator, split: Split) -> list[dict[str, Any]]:
         """The page."""

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from hybridvl.data.digits import scan_splits, scans
 from hybridvl.data.probes.frames import MOST_DISTORTED, frame_parts
-from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix, require_lag, require_share
+from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix, require_lag, require_number
 from hybridvl.data.probes.symbols import LETTERS, LONGEST_STREAM, letters_text, require_labels
 from hybridvl.data.task import Split, require_span
 
@@ -71,7 +71,7 @@ class FrameRecall(Probe[Stream]):
         self.frames = require_span("data.task.frames", frames, LONGEST_STREAM)
         self.items = None if items is None else require_span("data.task.items", items, LONGEST_STREAM)
         self.lag = require_lag(lag, self.frames[0], LONGEST_STREAM)
-        require_share("augment", augment, MOST_DISTORTED)
+        require_number("augment", augment, MOST_DISTORTED)
         most = self.frames[1] if self.items is None else min(self.items[1], self.frames[1])
         require_labels(letters, most, "labelled frames")
         self.letters = letters

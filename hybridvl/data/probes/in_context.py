@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix, require_share
+from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix, require_number
 from hybridvl.data.probes.symbols import ASK, LONGEST_STREAM, draw_pairs, require_labels, signs_text
 from hybridvl.data.task import Split, require_span
 
@@ -136,5 +136,5 @@ class NoisyRecall(InContextRecall):
         test_samples: int = 1_000,
     ) -> None:
         super().__init__(keys, length, queries, letters, digits, train_samples, val_samples, test_samples)
-        require_share("noise", noise, 1)
+        require_number("noise", noise, 1)
         self.noise = noise

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hybridvl.data.digits import scans
 from hybridvl.data.probes.frames import MOST_DISTORTED, scans_of
-from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix, require_share
+from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix, require_number
 from hybridvl.data.probes.symbols import digits_text
 from hybridvl.data.scans import render_page
 from hybridvl.data.task import Split, kind_weights, require_span
@@ -81,7 +81,7 @@ class PageOrder(Probe[Pages]):
                 f"data.task.pages: {pages if isinstance(pages, int) else list(self.pages)}; expected at least 2"
             )
         self.kinds = kind_weights(DEFAULT_KINDS if kinds is None else kinds, DEFAULT_KINDS)
-        require_share("augment", augment, MOST_DISTORTED)
+        require_number("augment", augment, MOST_DISTORTED)
         self.digits = digits
         self.cell = cell
         self.turns = turns

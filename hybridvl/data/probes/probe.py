@@ -113,8 +113,8 @@ def load_prefix(name: str, number: int, span: tuple[int, int]) -> str:
     return f"{name}_{bucket(number)}_" if span[0] < span[1] else ""
 
 
-def require_share(name: str, value: float, most: float) -> None:
-    """Raise ConfigError unless the setting data.task.NAME lies from 0 to `most`."""
+def require_number(name: str, value: float, most: float) -> None:
+    """Raise ConfigError unless the setting data.task.NAME is a number from 0 to `most`."""
     if not 0 <= value <= most:
         raise ConfigError(f"data.task.{name}: {value}; expected a number from 0 to {most}")
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from hybridvl.data.digits import scan_splits, scans
 from hybridvl.data.probes.frames import MOST_DISTORTED, frame_parts
-from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix, require_lag, require_share
+from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix, require_lag, require_number
 from hybridvl.data.probes.symbols import LONGEST_STREAM
 from hybridvl.data.task import Split, require_span
 from hybridvl.layers.errors import ConfigError
@@ -60,7 +60,7 @@ class VisualNeedle(Probe[Haystack]):
         self.lag = require_lag(lag, self.frames[0], LONGEST_STREAM)
         if needle not in _QUESTIONS:
             raise ConfigError(f"data.task.needle: {needle!r}; expected one of {', '.join(_QUESTIONS)}")
-        require_share("augment", augment, MOST_DISTORTED)
+        require_number("augment", augment, MOST_DISTORTED)
         self.needle = needle
         self.size = size
         self.augment = augment
