@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hybridvl.ablation.axes import OWN, SAYS, Axis, label_of, read_axes, require_references
+from hybridvl.ablation.claims import read_claims
 from hybridvl.layers.errors import ConfigError, within
 from hybridvl.pipeline.mappings import (
     read_mapping,
@@ -25,7 +26,7 @@ DEFAULT_BY = "model.net.mlp_width"
 
 _KEYS = (
     *("name", "root", "recipe", "values", "overrides", "axes"),
-    *("seeds", "exclude", "baseline", "match", "metrics"),
+    *("seeds", "exclude", "baseline", "match", "metrics", "claims"),
 )
 _MATCH_KEYS = ("budget", "by", "context", "tolerance", "multiple_of")
 _MOST_SEEDS = 2**32  # of numpy
@@ -67,6 +68,7 @@ class Study:
         baseline: labels by axis. A cell is compared with that cell which has these, and its own on the other axes.
         matches: which budgets of the two are made equal, one after the other.
         metrics: tags of what is compared.
+        claims: what the report gives its verdict on, see `hybridvl.ablation.claims`; as the file states them.
     """
 
     path: Path
@@ -80,6 +82,7 @@ class Study:
     baseline: Mapping[str, str]
     matches: tuple[Match, ...]
     metrics: tuple[str, ...]
+    claims: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -132,6 +135,7 @@ def read_study(path: Path, changes: Mapping[str, str] | None = None) -> Study:
             baseline=_baseline(filled(content.get("baseline"), shared), axes),
             matches=_matches(filled(content.get("match"), shared)),
             metrics=_metrics(filled(content.get("metrics"), shared)),
+            claims=_claims(filled(content.get("claims"), shared), axes),
         )
         _check_cells(study)
     return study
@@ -233,6 +237,18 @@ def _metrics(given: Any) -> tuple[str, ...]:
     if not isinstance(given, list) or not all(isinstance(tag, str) and tag for tag in given):
         raise ConfigError(f"metrics: {given!r}; expected a list of tags, such as [test/exact]")
     return tuple(dict.fromkeys(given))
+
+
+def _claims(given: Any, axes: Sequence[Axis]) -> tuple[Mapping[str, Any], ...]:
+    """Claims whose cells the axes have."""
+    if given is None:
+        return ()
+    for number, claim in enumerate(read_claims(given)):
+        for part in claim.parts:
+            for labels in (part.cell, part.than):
+                if labels is not None:
+                    _labels(f"claims[{number}].cell", labels, axes)
+    return tuple(given)
 
 
 def _check_cells(study: Study) -> None:

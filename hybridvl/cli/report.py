@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from hybridvl.ablation.claims import Claim, read_claims
 from hybridvl.ablation.report.analysis import Analysis, analyse
 from hybridvl.ablation.report.cache import Cache
 from hybridvl.ablation.report.cells import Settings
-from hybridvl.ablation.report.claims import Claim, read_claims
 from hybridvl.ablation.report.markdown import CLAIM_HEAD, HEAD, claim_rows, metric_rows
 from hybridvl.ablation.report.runs import collect
 from hybridvl.ablation.report.wording import counted, headline

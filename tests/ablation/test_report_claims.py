@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 from report_runs import recipe, write_run, write_study
 from scipy import stats
 
+from hybridvl.ablation.claims import read_claims
 from hybridvl.ablation.report.analysis import analyse
 from hybridvl.ablation.report.cache import Cache
 from hybridvl.ablation.report.cells import Settings
-from hybridvl.ablation.report.claims import Finding, Judged, read_claims
 from hybridvl.ablation.report.runs import collect
+from hybridvl.ablation.report.verdicts import Finding, Judged
 from hybridvl.ablation.statistics import Interval
+from hybridvl.ablation.study import read_study
+from hybridvl.ablation.study_record import record_study
 from hybridvl.cli import main
 from hybridvl.layers.errors import ConfigError
 
@@ -148,6 +151,43 @@ def test_the_report_states_them(study: Path, tmp_path: Path, capsys: pytest.Capt
     assert "    - supported: test/exact of ratio=1 minus that of ratio=0 is 0.227 [" in text
     assert "A quarter is &lt;enough&gt;." in (study / "report" / "report.html").read_text()
     assert "undecided" in capsys.readouterr().out
+
+
+def test_a_study_may_begin_with_other_cells_than_those_of_its_claims(study: Path) -> None:
+    """What is still to come is undecided; the study itself has said that it will come."""
+    described = yaml.safe_load((study / "study.yaml").read_text())
+    later = {"claim": "Later.", "cell": {"ratio": "1/2"}, "metric": "test/exact", "above": 0}
+    other = {"claim": "Other.", "cell": {"ratio": "0"}, "metric": "test/line_exact", "above": 0}
+    described |= {"claims": [later, other], "baseline": {"ratio": "1/2"}}
+    (study / "study.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
+    assert main(["report", str(study)]) == 0
+    found = json.loads((study / "report" / "report.json").read_text())
+    assert [claim["verdict"] for claim in found["claims"]] == ["undecided", "undecided"]
+    assert "ratio: '1/2'; no run has it" in found["claims"][0]["findings"][0]["reason"]
+    assert found["notes"][0].startswith("nothing is compared yet: baseline: ratio: '1/2'; no run has it")
+
+
+def test_the_claims_of_a_study_file(tmp_path: Path) -> None:
+    """They are read with the study, checked against its axes, and kept in its folder."""
+    (tmp_path / "recipe.yaml").write_text("model: {net: {pattern: gdn}}\n")
+    claims = [{"claim": "A", "cell": {"ratio": 0}, "than": {"ratio": "1/2"}, "metric": "test/exact", "below": 0}]
+    content: dict[str, Any] = {
+        "name": "mini",
+        "root": str(tmp_path / "runs"),
+        "recipe": "recipe.yaml",
+        "axes": {"ratio": {"key": "model.net.pattern", "values": {"0": "gdn*2", "1/2": "gdn swa"}}},
+        "claims": claims,
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(content))
+    study = read_study(path)
+    assert list(study.claims) == claims
+    assert yaml.safe_load(record_study(study).read_text())["claims"] == claims
+    record_study(read_study(path))  # the same again
+    claims[0]["cell"]["ratio"] = "1/3"
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ConfigError, match=r"claims\[0\]\.cell\.ratio: '1/3' is no label of the axis"):
+        read_study(path)
 
 
 PART = {"cell": {"ratio": "0"}, "metric": "test/exact", "above": 0}

@@ -159,6 +159,30 @@ def test_labels_of_runs_started_by_hand(tmp_path: Path) -> None:
     assert notes == ["model.net.mlp_width: changes together with model.net.width"]
 
 
+def test_what_a_run_started_from_tells_it_apart(tmp_path: Path) -> None:
+    """Recipes of later stages are the same but for a path; that of the first stage is where they differ."""
+    for inherit in ("none", "qkvo"):
+        for seed in (0, 1):
+            first, second, third = (recipe(seed) for _ in range(3))
+            first["model"]["student"] = {"inherit": inherit}
+            folders = [tmp_path / stage / f"{inherit}_{seed}" for stage in ("first", "second", "third")]
+            second["model"]["student"] = {"source": str(folders[0] / "model")}
+            third["model"]["source"] = str(folders[1] / "model")
+            for folder, config in zip(folders, (first, second, third), strict=True):
+                write_run(folder, config, {"test/exact": 0.5})
+    runs = collected(tmp_path / "third").runs
+    key = "source.source.model.student.inherit"
+    assert [run.origin["source"]["source"]["model"]["student"]["inherit"] for run in runs] == ["none"] * 2 + [
+        "qkvo"
+    ] * 2
+    cells, _ = group(runs)
+    assert [(cell.labels, cell.name) for cell in cells] == [({key: i}, f"inherit={i}") for i in ("none", "qkvo")]
+    shutil.rmtree(tmp_path / "second")  # nothing tells them apart any more, and the report says so
+    (cell,), _ = group(collected(tmp_path / "third").runs)
+    assert len(cell.passed_over) == 2
+    assert "differ in model.source" in cell.passed_over[0][1]
+
+
 def test_one_cell_of_runs_that_differ_in_their_seed(tmp_path: Path) -> None:
     for seed in (0, 1, 2):
         write_run(tmp_path / "a" / f"version_{seed}", recipe(seed), {"test/exact": seed / 10})

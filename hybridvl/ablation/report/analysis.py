@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hybridvl.ablation.claims import Claim, read_claims
 from hybridvl.ablation.report.cells import (
     Cell,
     Result,
@@ -15,11 +16,11 @@ from hybridvl.ablation.report.cells import (
     find_baselines,
     group,
 )
-from hybridvl.ablation.report.claims import Claim, Judged, judge, read_claims
 from hybridvl.ablation.report.costs import Costs, cell_costs
 from hybridvl.ablation.report.labels import text
 from hybridvl.ablation.report.metrics import chosen_metrics, logged_metrics
 from hybridvl.ablation.report.runs import DONE, Collected, Run
+from hybridvl.ablation.report.verdicts import Judged, judge
 from hybridvl.ablation.study import combinations
 from hybridvl.layers.errors import ConfigError, within
 
@@ -94,9 +95,15 @@ def analyse(
     runs = collected.runs
     orders = {key: values for study in collected.studies for key, values in _orders(study).items()}
     cells, notes = group(runs, orders)
-    if not settings.baseline:
+    if settings.baseline:
+        baselines = find_baselines(cells, settings.baseline)
+    else:
         settings = Settings(_baseline(collected.studies), settings.interval, settings.level)
-    baselines = find_baselines(cells, settings.baseline)
+        try:
+            baselines = find_baselines(cells, settings.baseline)
+        except ConfigError as error:  # a study may begin with other cells
+            notes.append(f"nothing is compared yet: {error}")
+            baselines = [None] * len(cells)
     logged = logged_metrics(runs)
     wanted = list(metrics)
     if not wanted:
@@ -113,9 +120,8 @@ def analyse(
     warnings = list(collected.problems)
     warnings += [f"{run.folder}: {problem}" for run in runs for problem in run.problems]
     costs = cell_costs(cells, context, measured)
-    for study in collected.studies:
-        if study.get("claims") is not None:
-            claims = [*read_claims(study["claims"]), *claims]
+    verdicts = judge(claims, runs, cells, costs, settings)
+    own = [claim for study in collected.studies if study.get("claims") for claim in read_claims(study["claims"])]
     return Analysis(
         runs=runs,
         cells=cells,
@@ -125,7 +131,7 @@ def analyse(
         logged=logged,
         results={name: compare_metric(cells, name, baselines, settings) for name in logged},
         costs=costs,
-        claims=judge(claims, runs, cells, costs, settings),
+        claims=[*judge(own, runs, cells, costs, settings, unfinished=True), *verdicts],
         notes=notes,
         warnings=warnings,
     )

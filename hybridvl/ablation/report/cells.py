@@ -12,6 +12,8 @@ from hybridvl.ablation.report.runs import DONE, Run
 from hybridvl.ablation.statistics import LEVEL, Difference, Interval, Method, holm, mean_interval, paired_difference
 from hybridvl.layers.errors import ConfigError
 
+_OTHERS = 6  # settings that a note names
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -93,7 +95,10 @@ def group(runs: Sequence[Run], orders: Mapping[str, Sequence[str]] | None = None
         own = {key: value for key, value in zip(keys, values, strict=True) if value != MISSING}
         name = ", ".join(f"{short[key]}={value}" for key, value in own.items()) or "all runs"
         cells.append(_cell(own, name, found[values]))
-    notes = [f"{key}: changes together with {', '.join(others)}" for key, others in together.items() if others]
+    notes = []
+    for key, others in together.items():
+        more = f" and {len(others) - _OTHERS} more" if len(others) > _OTHERS else ""
+        notes += [f"{key}: changes together with {', '.join(others[:_OTHERS])}{more}"] if others else []
     return cells, notes
 
 

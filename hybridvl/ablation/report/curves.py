@@ -16,19 +16,16 @@ from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.cells import Cell
 from hybridvl.ablation.report.events import Curve
 from hybridvl.ablation.report.guessing import guessing
+from hybridvl.ablation.report.naming import cell_names, is_share, metric_label, shown_cells
 from hybridvl.ablation.report.slices import Slices, slices_of
 from hybridvl.ablation.report.style import (
     COLOURS,
     INK,
     LINES,
     MARKERS,
-    cell_names,
     figure,
-    is_share,
     limits,
-    metric_label,
     plain,
-    shown_cells,
     tidy,
     title,
 )

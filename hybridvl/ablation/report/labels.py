@@ -13,6 +13,7 @@ from hybridvl.ablation.report.runs import Run
 
 MISSING = "-"
 _STAGE = "run.stage"
+_SOURCE = "source."  # before the settings of the run whose model a run started from
 _SEEDS = ("seed", "seed_everything")
 _PLACES = ("ckpt_path", "default_root_dir", "config")
 _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?([eE][-+]?\d+)?|\d+/\d+")
@@ -45,7 +46,8 @@ def text(value: Any) -> str:
 def labelled(runs: Sequence[Run]) -> tuple[list[dict[str, str]], dict[str, list[str]]]:
     """The labels of every run, and for each label the settings that always change together with it.
 
-    Runs without labels of their own get the settings in which they differ, seeds, folders and other places left out:
+    Runs without labels of their own get the settings in which they differ, seeds, folders and other places left out,
+    but with those of the runs whose models they started from:
     of settings that change together the first, in the order stage, pattern, then the least deep.
     """
     without = [run for run in runs if not run.labels]
@@ -53,7 +55,11 @@ def labelled(runs: Sequence[Run]) -> tuple[list[dict[str, str]], dict[str, list[
     different = {key: texts for key, texts in different.items() if not all(map(_is_place, texts))}
     chosen = _telling(different)
     together = {
-        key: [other for other, texts in different.items() if other not in chosen and _same_parts(texts, different[key])]
+        key: [
+            other
+            for other, texts in different.items()
+            if other not in chosen and not other.startswith(_SOURCE) and _same_parts(texts, different[key])
+        ]
         for key in chosen
     }
     own = {
@@ -91,18 +97,27 @@ def natural(label: str) -> tuple[Any, ...]:
 
 def _compared(run: Run) -> dict[str, Any]:
     """The recipe without what tells runs apart that are repetitions of each other."""
-    return {
-        key: value
-        for key, value in flat(run.config).items()
-        if (key == _STAGE or not key.startswith("run.")) and key.split(".")[-1] not in _SEEDS + _PLACES
-    }
+    found = {}
+    for key, value in flat({**run.config, **run.origin}).items():
+        own = key
+        while own.startswith(_SOURCE):
+            own = own.removeprefix(_SOURCE)
+        if (own == _STAGE or not own.startswith("run.")) and own.split(".")[-1] not in _SEEDS + _PLACES:
+            found[key] = value
+    return found
 
 
 def _telling(different: Mapping[str, list[str]]) -> list[str]:
     """Of settings by key, few that tell all apart that differ in any."""
 
     def rank(key: str) -> tuple[Any, ...]:
-        return (key != _STAGE, key.split(".")[-1] != "pattern", MISSING in different[key], key.count("."))
+        return (
+            key.startswith(_SOURCE),
+            key != _STAGE,
+            key.split(".")[-1] != "pattern",
+            MISSING in different[key],
+            key.count("."),
+        )
 
     chosen: list[str] = []
     parts: list[tuple[str, ...]] = [()] * len(next(iter(different.values()), []))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from html import escape
 
 from hybridvl.ablation.report.analysis import Analysis
-from hybridvl.ablation.report.claims import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 from hybridvl.ablation.report.figures import Picture
 from hybridvl.ablation.report.markdown import (
     CLAIM_HEAD,
@@ -22,6 +21,7 @@ from hybridvl.ablation.report.markdown import (
 from hybridvl.ablation.report.metrics import is_cost
 from hybridvl.ablation.report.page_style import SCRIPT, STYLE
 from hybridvl.ablation.report.runs import DONE
+from hybridvl.ablation.report.verdicts import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 from hybridvl.ablation.report.wording import UNKNOWN, headline, method, number, with_interval
 
 _CHIPS = (DONE, "failed", "killed", "unfinished", SUPPORTED, NOT_SUPPORTED, UNDECIDED)

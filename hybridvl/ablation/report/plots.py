@@ -13,19 +13,16 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.guessing import guessing
 from hybridvl.ablation.report.metrics import is_cost
+from hybridvl.ablation.report.naming import cell_names, is_share, metric_label, shown_cells
 from hybridvl.ablation.report.style import (
     COLOURS,
     FAINT,
     INK,
     LINES,
     MARKERS,
-    cell_names,
     figure,
-    is_share,
     limits,
-    metric_label,
     plain,
-    shown_cells,
     tidy,
     title,
 )

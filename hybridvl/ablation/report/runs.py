@@ -33,6 +33,8 @@ class Run:
         seed: of the run; None where nothing says it.
         labels: what it was given to be compared by; empty for runs that were given nothing.
         config: the resolved recipe; {} where there is none.
+        origin: {"source": RECIPE} of the run whose model this one started from, which has a "source" of its own if
+            that one started from another; {} where it started from none that is there.
         metrics: the last finite value of each, by name.
         facts: what else metrics.json says: pattern, parameters, steps, tokens, seconds and so on.
         curves: scalars over steps, by name.
@@ -50,6 +52,7 @@ class Run:
     metrics: Mapping[str, float]
     facts: Mapping[str, Any]
     curves: Mapping[str, Curve]
+    origin: Mapping[str, Any] = field(default_factory=dict)
     started: int = 0
     problems: tuple[str, ...] = ()
 
@@ -142,6 +145,7 @@ def read_run(folder: Path, files: Sequence[str], cache: Cache) -> Run:
         metrics=metrics,
         facts={name: value for name, value in summary.items() if name != "metrics"},
         curves=curves,
+        origin=_origin(config, cache),
         started=_changed(folder / "config.yaml"),
         problems=tuple(problems),
     )
@@ -210,6 +214,18 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def _origin(config: Mapping[str, Any], cache: Cache, stages: int = 8) -> dict[str, Any]:
+    """The recipes of the runs before this one, by their exported models, for at most so many stages."""
+    model = _mapping(config.get("model"))
+    source = model.get("source") or _mapping(model.get("student")).get("source")
+    if not stages or not isinstance(source, str) or Path(source).name != "model":
+        return {}
+    content = cache.content(Path(source).parent / "config.yaml")
+    if content is None or content.problem:
+        return {}
+    return {"source": {**content.values, **_origin(content.values, cache, stages - 1)}}
 
 
 def _labels(config: Mapping[str, Any]) -> Any:
