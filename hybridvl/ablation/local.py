@@ -10,17 +10,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+
+import torch
 
 from hybridvl.ablation.cells import Run
+from hybridvl.ablation.engine import Engine, Status, Watch
 from hybridvl.ablation.records import Claim, RunRecord
 from hybridvl.data.loader import end_with_parent
 from hybridvl.pipeline.processes import Ended, handled_by
 
 _POLL = 0.2  # seconds between two looks at the processes
 _POLL_OTHERS = 2.0  # seconds between two looks at the runs that other processes work on
-
-Status = Literal["waiting", "running", "elsewhere", "done", "failed", "stopped"]
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,12 @@ class Slot:
     Attributes:
         cores: numbers of the processor's cores.
         gpus: what CUDA_VISIBLE_DEVICES says; None leaves it as it is.
+        bound: whether the process may use no other cores; otherwise only their number counts.
     """
 
     cores: tuple[int, ...]
     gpus: str | None = None
+    bound: bool = True
 
     @property
     def environment(self) -> dict[str, str]:
@@ -62,7 +64,21 @@ def slots(jobs: int | None, cores: Sequence[int], gpus: Sequence[str]) -> list[S
     return [Slot(own, gpus[number % len(gpus)] if gpus else None) for number, own in enumerate(dealt)]
 
 
-class LocalEngine:
+def own_slots(jobs: int | None) -> list[Slot]:
+    """The cores and GPUs that this process may use, dealt out to `jobs` processes; see `slots`."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    return slots(jobs, cores, visible_gpus())
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None and torch.cuda.is_available():
+        return [name for name in given.split(",") if name]
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+class LocalEngine(Engine):
     """Runs what is not done yet and says of each run how it stands.
 
     Several engines, in processes of one machine or of several that share the folder, work on the same runs without
@@ -72,22 +88,11 @@ class LocalEngine:
         runs: what to run, in this order.
         places: where; one process each at a time.
         retry_failed: whether runs that have failed are tried again.
-        watch: called some times a second, and once at the end, with this engine.
-
-    Attributes:
-        runs: as given.
-        records: what stands on disk about each.
-        statuses: of each run now.
-        signal: the first signal that was handed on, if any.
+        watch: told how it goes.
     """
 
-    def __init__(
-        self, runs: Sequence[Run], places: Sequence[Slot], retry_failed: bool, watch: Callable[[LocalEngine], None]
-    ) -> None:
-        self.runs = list(runs)
-        self.records = [RunRecord(run.folder) for run in self.runs]
-        self.statuses: list[Status] = ["waiting"] * len(self.runs)
-        self.signal: int | None = None
+    def __init__(self, runs: Sequence[Run], places: Sequence[Slot], retry_failed: bool, watch: Watch) -> None:
+        super().__init__(runs)
         self._free = list(places)
         self._running: list[_Running] = []
         self._retry_failed = retry_failed
@@ -96,8 +101,6 @@ class LocalEngine:
 
     def run(self) -> None:
         """Run to the end, or until a signal: the first SIGINT or SIGTERM is handed on, the second one kills."""
-        for run, record in zip(self.runs, self.records, strict=True):
-            record.check(run.key)
         with handled_by(self._stop):
             while True:
                 self._reap()
@@ -162,7 +165,7 @@ def bound_to_slot(slot: Slot) -> Callable[[], None]:
         end_with_parent()
         if os.getppid() != parent:  # it was killed before this one could be bound to it
             os._exit(1)
-        if hasattr(os, "sched_setaffinity"):
+        if slot.bound and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, slot.cores)
 
     return begin

@@ -142,6 +142,17 @@ class Claim:
             return None
         return cls(handle)
 
+    @classmethod
+    def is_held(cls, record: RunRecord) -> bool:
+        """Whether a process works on a run now."""
+        if not record.started.exists():
+            return False
+        claim = cls.of(record)
+        if claim is None:
+            return True
+        claim.release()
+        return False
+
     def release(self) -> None:
         """Give it up."""
         os.close(self.handle)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hybridvl.ablation.cells import Run, cells, runs
-from hybridvl.ablation.local import LocalEngine, Slot, slots
+from hybridvl.ablation.engine import Engine
+from hybridvl.ablation.local import LocalEngine, Slot, own_slots, visible_gpus
 from hybridvl.ablation.matching import Matched, match_cells
+from hybridvl.ablation.ray_tune import run_on_ray
 from hybridvl.ablation.records import RunRecord
+from hybridvl.ablation.slurm import run_on_slurm
 from hybridvl.ablation.study import Study, read_study
 from hybridvl.ablation.study_record import record_study
 from hybridvl.ablation.table import cell_table
@@ -21,24 +24,31 @@ from hybridvl.cli.arguments import Arguments, take_flags
 from hybridvl.cli.output import table_console
 from hybridvl.cli.sweep_view import SweepView, duration
 from hybridvl.layers.errors import ConfigError
+from hybridvl.pipeline.mappings import yaml_value
 
 _FLAG = re.compile(
     r"--(?P<key>name|root|recipe|seeds|exclude|baseline|match|metrics|(?:values|overrides|axes|match)\.[^=]+)"
     r"(?:=(?P<value>.*))?",
     re.DOTALL,
 )
+_SLURM_FLAG = re.compile(r"--slurm\.(?P<key>[^=]+)(?:=(?P<value>.*))?", re.DOTALL)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run what is not done; returns 0, 1 if runs have failed or were killed, 128 and the signal after one."""
     rest, flags = take_flags(argv, _FLAG)
+    rest, slurm_flags = take_flags(rest, _SLURM_FLAG)
     options = _parser().parse_args(rest)
-    if options.jobs is not None and options.jobs < 1:
-        raise ConfigError(f"--jobs: {options.jobs}; expected at least 1")
+    for flag, value in (("--jobs", options.jobs), ("--cores", options.cores)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag}: {value}; expected at least 1")
+    if slurm_flags and options.engine != "slurm":
+        raise ConfigError(f"--slurm.{slurm_flags[0][0]['key']}: expected --engine slurm with it")
+    slurm = {match["key"]: yaml_value(f"--slurm.{match['key']}", value) for match, value in slurm_flags}
     study = read_study(Path(options.file), {match["key"]: value for match, value in flags})
     matched = match_cells(study, cells(study))
     found = runs(study, [entry.cell for entry in matched])
-    places = _places(options.jobs)
+    places = own_slots(options.jobs)
     left = [run for run in found if RunRecord(run.folder).state != "done"]
     if left:
         from hybridvl.cli.recipe_check import check_study  # Lightning takes seconds to import
@@ -49,9 +59,22 @@ def main(argv: Sequence[str]) -> int:
         return 0
     record_study(study, options.extend)
     with SweepView(study.metrics or ("test/exact",), len(places)) as view:
-        engine = LocalEngine(found, places, options.retry_failed, view)
-        engine.run()
+        engine = _run(study, found, options, slurm, view)
     return _report(study, found, engine, view)
+
+
+def _run(
+    study: Study, found: Sequence[Run], options: argparse.Namespace, slurm: Mapping[str, Any], view: SweepView
+) -> Engine:
+    """All runs, by the engine that was asked for."""
+    if options.engine == "slurm":
+        return run_on_slurm(found, study.folder, options.jobs or 1, slurm, options.retry_failed, view)
+    if options.engine == "ray":
+        gpus = int(bool(visible_gpus()))
+        return run_on_ray(found, study.folder, options.jobs, options.cores, gpus, options.retry_failed, view)
+    engine = LocalEngine(found, own_slots(options.jobs), options.retry_failed, view)
+    engine.run()
+    return engine
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -63,7 +86,23 @@ def _parser() -> argparse.ArgumentParser:
         epilog="example: hybridvl sweep ablations/window.yaml --jobs 2 --seeds '[0, 1]'",
     )
     parser.add_argument("file", metavar="FILE", help="YAML: name, root, recipe, overrides, axes, seeds, ...")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time; by default one a GPU, else one a core")
+    parser.add_argument(
+        "--engine",
+        choices=("local", "slurm", "ray"),
+        default="local",
+        help="processes of this machine; jobs of Slurm, by submitit; trials of Ray Tune",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="runs at a time; by default one a GPU, else one a core. With Slurm: jobs, by default 1, each of which has "
+        "as many runs at a time as GPUs or cores",
+    )
+    parser.add_argument("--cores", type=int, default=1, metavar="N", help="with Ray: cores of a run (default 1)")
+    parser.add_argument(
+        "--slurm.KEY", metavar="VALUE", help="a parameter of submitit, such as timeout_min or slurm_partition"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, show the cells, do nothing")
     parser.add_argument("--no-probe", dest="probe", action="store_false", help="in a dry run, measure no steps")
     parser.add_argument("--extend", action="store_true", help="allow cells and seeds that the study has not had so far")
@@ -97,22 +136,7 @@ def _show(
     table_console().print(cell_table(study, matched, more))
 
 
-def _places(jobs: int | None) -> list[Slot]:
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    return slots(jobs, cores, _gpus())
-
-
-def _gpus() -> list[str]:
-    """What this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    import torch
-
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None and torch.cuda.is_available():
-        return [name for name in given.split(",") if name]
-    return [str(number) for number in range(torch.cuda.device_count())]
-
-
-def _report(study: Study, found: Sequence[Run], engine: LocalEngine, view: SweepView) -> int:
+def _report(study: Study, found: Sequence[Run], engine: Engine, view: SweepView) -> int:
     print(f"\n{study.name}: {view.summary(engine)}")
     for run, record, status in zip(found, engine.records, engine.statuses, strict=True):
         if status in ("failed", "stopped"):

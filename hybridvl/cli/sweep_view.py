@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from hybridvl.ablation.local import LocalEngine, Status
+from hybridvl.ablation.engine import Engine, Status
 
 _MOST_ROWS = 40
 # In this order where not all have room.
@@ -56,7 +56,7 @@ class SweepView:
         if self._live is not None:
             self._live.stop()
 
-    def __call__(self, engine: LocalEngine) -> None:
+    def __call__(self, engine: Engine) -> None:
         """Draw, at most once a second unless something has changed."""
         changed = self._changes(engine)
         now = self._clock()
@@ -70,7 +70,7 @@ class SweepView:
             if engine.statuses[index] != "waiting":
                 self._console.print(self._line(engine, index), highlight=False, soft_wrap=True)
 
-    def table(self, engine: LocalEngine) -> Table:
+    def table(self, engine: Engine) -> Table:
         """All runs, or those that matter most where there are many."""
         table = Table(caption=self.summary(engine), caption_justify="left")
         table.add_column("run", overflow="fold")
@@ -84,7 +84,7 @@ class SweepView:
             table.add_row(f"and {', '.join(f'{count} {status}' for status, count in rest.items())}")
         return table
 
-    def summary(self, engine: LocalEngine) -> str:
+    def summary(self, engine: Engine) -> str:
         """How many runs stand how, and about how long the rest will take."""
         counts = Counter(engine.statuses)
         parts = [f"{counts['done']} of {len(engine.runs)} done"]
@@ -92,7 +92,7 @@ class SweepView:
         left = self._left(engine)
         return ", ".join(parts) + ("" if left is None else f"; about {duration(left)} left")
 
-    def _changes(self, engine: LocalEngine) -> list[int]:
+    def _changes(self, engine: Engine) -> list[int]:
         """The runs whose status has changed; remembers when they began and how long they took."""
         before = self._statuses or ["waiting"] * len(engine.runs)
         changed = [index for index, status in enumerate(engine.statuses) if status != before[index]]
@@ -104,7 +104,7 @@ class SweepView:
         self._statuses = list(engine.statuses)
         return changed
 
-    def _left(self, engine: LocalEngine) -> float | None:
+    def _left(self, engine: Engine) -> float | None:
         """Seconds until all is done: what is running needs what its own pace says, the rest as long as a run takes."""
         rest, whole = 0.0, list(self._took)
         for index, status in enumerate(engine.statuses):
@@ -119,7 +119,7 @@ class SweepView:
         rest += waiting * sum(whole) / len(whole)
         return rest / min(self._places, max(1, waiting + sum(status == "running" for status in engine.statuses)))
 
-    def _cells(self, engine: LocalEngine, index: int) -> list[Text]:
+    def _cells(self, engine: Engine, index: int) -> list[Text]:
         status, record = engine.statuses[index], engine.records[index]
         facts = record.metrics if status == "done" else record.progress if status == "running" else {}
         step, steps = facts.get("step", facts.get("steps")), facts.get("steps")
@@ -133,7 +133,7 @@ class SweepView:
         texts += ["" if left is None else duration(left), *shown]
         return [Text(texts[0]), Text(texts[1], style=_STYLES.get(status, "")), *(Text(text) for text in texts[2:])]
 
-    def _line(self, engine: LocalEngine, index: int) -> str:
+    def _line(self, engine: Engine, index: int) -> str:
         status, record = engine.statuses[index], engine.records[index]
         found = record.metrics.get("metrics", {}) if status == "done" else {}
         scores = "".join(f"  {tag} {found[tag]:.4f}" for tag in self._metrics if tag in found)
@@ -141,7 +141,7 @@ class SweepView:
         return f"{status:9} {_name(engine, index)}{scores}{why}  ({self.summary(engine)})"
 
 
-def _name(engine: LocalEngine, index: int) -> str:
+def _name(engine: Engine, index: int) -> str:
     run = engine.runs[index]
     return f"{run.cell.name}/seed_{run.seed}"
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -59,7 +60,10 @@ def run_process(command: Sequence[str]) -> Ended:
 
 @contextlib.contextmanager
 def handled_by(handler: object) -> Iterator[None]:
-    """Let a function handle SIGINT and SIGTERM, those that are not ignored."""
+    """Let a function handle SIGINT and SIGTERM, those that are not ignored; in the main thread, which alone can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     earlier = {number: signal.getsignal(number) for number in _HANDED_ON}
     taken = [number for number in _HANDED_ON if earlier[number] is not signal.SIG_IGN]
     for number in taken:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from hybridvl.ablation.cells import Cell, Run
-from hybridvl.ablation.local import LocalEngine, Slot, slots
+from hybridvl.ablation.local import LocalEngine, Slot, own_slots, slots
 from hybridvl.ablation.records import Claim, RunRecord
 from hybridvl.cli.sweep_view import SweepView
 from hybridvl.layers.errors import ConfigError
@@ -189,7 +189,5 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_this_process_has_cores() -> None:
     """What the command deals out is what this process may use."""
-    from hybridvl.cli.sweep import _places
-
     allowed = os.sched_getaffinity(0)
-    assert {core for slot in _places(None) for core in slot.cores} == allowed
+    assert {core for slot in own_slots(None) for core in slot.cores} == allowed
