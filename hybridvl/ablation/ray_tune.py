@@ -44,8 +44,8 @@ def run_on_ray(
     except ModuleNotFoundError as error:
         raise ConfigError("--engine ray: Ray Tune is not installed; pip install 'hybridvl[ray]'") from error
     onlooker = Onlooker(runs)
-    # A cluster has the dashboard that it was started with.
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=None if _ADDRESS in os.environ else False)
+    dashboard = None if _ADDRESS in os.environ else False  # a cluster has the one that it was started with
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=dashboard)
     trial = functools.partial(_trial, runs=list(runs), cores=cores, retry_failed=retry_failed, place=os.getcwd())
     tuner = tune.Tuner(
         tune.with_resources(trial, {"cpu": cores, "gpu": gpus}),
