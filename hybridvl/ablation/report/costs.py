@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -88,12 +89,16 @@ def decode_seconds(configs: Mapping[str, ModelConfig], contexts: Sequence[int]) 
     """
     models = {key: VisionLanguageModel(dataclasses.replace(config, vision=None)) for key, config in configs.items()}
     lengths = sorted(set(contexts))
-    sides = {n: [Side(key, _decode(model.eval(), n)) for key, model in models.items()] for n in lengths}
-    found: dict[str, dict[int, list[float]]] = {key: {n: [] for n in lengths} for key in configs}
-    for _ in range(BLOCKS):
-        for context in lengths:
-            for key, seconds in interleave(sides[context], _ROUNDS, warmup=1, measure=timer("cpu")).items():
-                found[key][context].append(min(seconds))
+    places = {f"{key} {n}": (key, n) for key in models for n in lengths}
+    sides = [Side(name, _decode(models[key].eval(), n)) for name, (key, n) in places.items()]
+    gc.freeze()  # each round begins with a collection, which is to look at what the rounds have made alone
+    try:
+        rounds = interleave(sides, BLOCKS * _ROUNDS, warmup=1, measure=timer("cpu"))
+    finally:
+        gc.unfreeze()
+    found: dict[str, dict[int, list[float]]] = {key: {} for key in models}
+    for name, (key, n) in places.items():
+        found[key][n] = [min(rounds[name][block::BLOCKS]) for block in range(BLOCKS)]
     return found
 
 
