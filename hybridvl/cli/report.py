@@ -14,7 +14,7 @@ from hybridvl.ablation.claims import Claim, read_claims
 from hybridvl.ablation.report.analysis import Analysis, analyse
 from hybridvl.ablation.report.cache import Cache
 from hybridvl.ablation.report.cells import Settings
-from hybridvl.ablation.report.markdown import CLAIM_HEAD, HEAD, claim_rows, metric_rows
+from hybridvl.ablation.report.markdown import CLAIM_HEAD, claim_rows, metric_table
 from hybridvl.ablation.report.runs import collect
 from hybridvl.ablation.report.wording import counted, headline
 from hybridvl.ablation.report.writing import CACHE, write_report
@@ -129,9 +129,9 @@ def _show(analysis: Analysis) -> None:
     console.print(escape(headline(analysis)))
     for metric in analysis.metrics:
         table = Table(title=escape(metric), title_justify="left")
-        for column in HEAD:
+        head, rows = metric_table(analysis, metric)
+        for column in head:
             table.add_column(column, overflow="fold")
-        rows = metric_rows(analysis, metric)
         for row in rows[:_SHOWN]:
             table.add_row(*map(escape, row))
         console.print(table)
@@ -141,8 +141,8 @@ def _show(analysis: Analysis) -> None:
         table = Table(title="claims", title_justify="left")
         for column in CLAIM_HEAD:
             table.add_column(column, overflow="fold")
-        for row in claim_rows(analysis):
-            table.add_row(*map(escape, row), style=None if row[1] else "bold")
+        for said in claim_rows(analysis):
+            table.add_row(*map(escape, said), style=None if said[1] else "bold")
         console.print(table)
     for run, reason in analysis.left_out[:_SHOWN]:
         console.print(escape(f"left out     {run.name}: {reason}"))

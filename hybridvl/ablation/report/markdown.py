@@ -10,7 +10,6 @@ from hybridvl.ablation.report.metrics import is_cost
 from hybridvl.ablation.report.wording import UNKNOWN, counted, headline, method, number, probability, with_interval
 from hybridvl.plan.units import tokens, with_prefix
 
-HEAD = ("cell", "seeds", "mean", "difference to baseline", "p (Holm)")
 CLAIM_HEAD = ("claim, and what it rests on", "claimed", "found", "verdict")
 CLAIM_SENTENCE = (
     "A part is supported when its whole interval is in the range that is claimed, not supported when no point of it is "
@@ -26,7 +25,7 @@ def markdown(analysis: Analysis, pictures: Sequence[Picture]) -> str:
         parts += ["## Claims", CLAIM_SENTENCE, _claims(analysis)]
     for name in analysis.metrics:
         better = " (lower is better)" if is_cost(name) else ""
-        parts += [f"## {name}{better}", _table(HEAD, metric_rows(analysis, name))]
+        parts += [f"## {name}{better}", _table(*metric_table(analysis, name))]
         parts += [f"![{picture.shows}]({picture.name})" for picture in pictures if picture.metric == name]
     parts += ["## Costs", cost_sentence(analysis), _table(COST_HEAD, cost_rows(analysis))]
     parts += [f"![{picture.shows}]({picture.name})" for picture in pictures if not picture.metric]
@@ -56,19 +55,22 @@ def claim_rows(analysis: Analysis) -> list[tuple[str, ...]]:
     return rows
 
 
-def metric_rows(analysis: Analysis, metric: str) -> list[tuple[str, ...]]:
-    """A row of `HEAD` for every cell: how many of its runs the mean is over, mean and difference with intervals."""
-    rows: list[tuple[str, ...]] = []
-    for cell, result, baseline in zip(analysis.cells, analysis.results[metric], analysis.baselines, strict=True):
+def metric_table(analysis: Analysis, metric: str) -> tuple[list[str], list[list[str]]]:
+    """The head of a table of one metric, and a row for every cell: how many of its runs the mean is over, mean and
+    interval; where there are baselines also the difference with its interval and p."""
+    compared = any(index is not None for index in analysis.baselines)
+    head = ["cell", "seeds", "mean", *(["difference to baseline", "p (Holm)"] if compared else [])]
+    rows = []
+    for index, (cell, result) in enumerate(zip(analysis.cells, analysis.results[metric], strict=True)):
+        row = [cell.name, f"{len(result.values)} of {len(cell.runs)}", with_interval(result.interval)]
         apart = result.difference
-        difference = UNKNOWN if apart is None else with_interval(apart.interval, "+")
-        if apart is not None and apart.interval.count < len(result.values):
-            difference += f" ({counted(apart.interval.count, 'pair')})"
-        if baseline is None and any(index is not None for index in analysis.baselines):
-            difference = "baseline" if _is_baseline(analysis, cell.name) else UNKNOWN
-        seeds = f"{len(result.values)} of {len(cell.runs)}"
-        rows.append((cell.name, seeds, with_interval(result.interval), difference, probability(result.p_corrected)))
-    return rows
+        difference = "baseline" if index in analysis.baselines else UNKNOWN
+        if apart is not None:
+            few = apart.interval.count < len(result.values)
+            pairs = f" ({counted(apart.interval.count, 'pair')})" if few else ""
+            difference = with_interval(apart.interval, "+") + pairs
+        rows.append([*row, *([difference, probability(result.p_corrected)] if compared else [])])
+    return head, rows
 
 
 def cost_rows(analysis: Analysis) -> list[tuple[str, ...]]:
@@ -103,10 +105,6 @@ def _claims(analysis: Analysis) -> str:
         said = f"{_escaped(name)} is {_escaped(found)}; claimed: {claimed}" if claimed else f"**{_escaped(name)}**"
         lines.append(f"{'    ' if claimed else ''}- {verdict}: {said}")
     return "\n".join(lines)
-
-
-def _is_baseline(analysis: Analysis, name: str) -> bool:
-    return any(index is not None and analysis.cells[index].name == name for index in analysis.baselines)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,11 +12,10 @@ from hybridvl.ablation.report.markdown import (
     CLAIM_HEAD,
     CLAIM_SENTENCE,
     COST_HEAD,
-    HEAD,
     claim_rows,
     cost_rows,
     cost_sentence,
-    metric_rows,
+    metric_table,
 )
 from hybridvl.ablation.report.metrics import is_cost
 from hybridvl.ablation.report.page_style import SCRIPT, STYLE
@@ -64,7 +63,7 @@ def page(analysis: Analysis, pictures: Sequence[Picture]) -> str:
 
 def _metric(analysis: Analysis, metric: str, pictures: Sequence[Picture]) -> str:
     better = "<p>Lower is better.</p>" if is_cost(metric) else ""
-    return better + _table(HEAD, metric_rows(analysis, metric)) + _figures(pictures, metric)
+    return better + _table(*metric_table(analysis, metric)) + _figures(pictures, metric)
 
 
 def _figures(pictures: Sequence[Picture], metric: str) -> str:

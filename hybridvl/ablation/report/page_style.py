@@ -23,6 +23,8 @@ thead tr { background: #eef1f4 } tbody tr { background: white } tbody tr:hover {
 td { padding: 5px 11px; border-bottom: 1px solid #f0f1f3; white-space: nowrap }
 td.n, th.n { text-align: right } tr.strong td { font-weight: 600; background: #f6f7f9; max-width: none }
 td:not(.n) { max-width: 44ch; overflow: hidden; text-overflow: ellipsis }
+tbody td:first-child { white-space: normal; min-width: 24ch; max-width: 60ch }
+tbody td:last-child:not(.n) { white-space: normal; max-width: 90ch }
 th[data-down="1"]::after { content: " \\2193" } th[data-down="0"]::after { content: " \\2191" }
 input[type=search] { font: inherit; padding: 6px 10px; margin-bottom: 10px; width: 320px; max-width: 100%;
   border: 1px solid var(--line); border-radius: 8px }
