@@ -148,6 +148,23 @@ def test_a_corrupt_event_file_is_a_warning(study: Path, capsys: pytest.CaptureFi
     assert report(study)["statuses"] == {"done": 9}
 
 
+def test_a_study_of_which_nothing_is_done(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All have failed before the first metric; the report is about that."""
+    for folder in study.glob("*/seed_?"):
+        for path in (folder / "metrics.json", *folder.glob("events*")):
+            path.unlink()
+        ended = {"status": 1, "signal": None, "reason": "no room on the disk"}
+        folder.with_name(f"{folder.name}.ended.json").write_text(json.dumps(ended))
+    assert main(["report", str(study)]) == 0
+    found = report(study)
+    assert found["statuses"] == {"failed": 9}
+    assert len(found["left_out"]) == 9
+    assert "no run has logged any metric yet" in found["notes"]
+    assert "9 runs in 3 cells: 9 failed" in capsys.readouterr().out
+    assert main(["report", str(study), "--metrics", "test/exact"]) == 2
+    assert "'test/exact': no run logged it; there are none" in capsys.readouterr().err
+
+
 def test_without_a_baseline_nothing_is_compared(tmp_path: Path) -> None:
     for seed in (0, 1):
         write_run(tmp_path / "a" / f"version_{seed}", recipe(seed), {"test/exact": 0.5})

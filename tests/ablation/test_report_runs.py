@@ -6,8 +6,11 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from report_runs import recipe, write_events, write_run, write_study
 
 from hybridvl.ablation.report.cache import Cache
@@ -159,6 +162,34 @@ def test_labels_of_runs_started_by_hand(tmp_path: Path) -> None:
     assert notes == ["model.net.mlp_width: changes together with model.net.width"]
 
 
+values = st.fixed_dictionaries({"a": st.integers(0, 1), "b": st.sampled_from(["x", "y"]), "c": st.booleans()})
+
+
+@given(st.lists(values, min_size=1, max_size=8))
+def test_cells_are_the_recipes_that_differ(chosen: list[dict[str, Any]]) -> None:
+    """Whatever differs: the labels tell apart the runs whose settings differ, and no others."""
+    runs = [
+        Run(
+            folder=Path(f"/runs/{number}"),
+            name=str(number),
+            status="done",
+            reason="",
+            seed=number,
+            labels={},
+            config={"model": own, "seed_everything": number, "run": {"name": str(number)}},
+            metrics={},
+            facts={},
+            curves={},
+        )
+        for number, own in enumerate(chosen)
+    ]
+    cells, _ = group(runs)
+    found = {frozenset(run.seed for run in cell.runs) for cell in cells}
+    settings = [(own["a"], own["b"], own["c"]) for own in chosen]
+    assert found == {frozenset(i for i, own in enumerate(settings) if own == each) for each in settings}
+    assert len({cell.name for cell in cells}) == len(cells)
+
+
 def test_what_a_run_started_from_tells_it_apart(tmp_path: Path) -> None:
     """Recipes of later stages are the same but for a path; that of the first stage is where they differ."""
     for inherit in ("none", "qkvo"):
@@ -181,6 +212,28 @@ def test_what_a_run_started_from_tells_it_apart(tmp_path: Path) -> None:
     (cell,), _ = group(collected(tmp_path / "third").runs)
     assert len(cell.passed_over) == 2
     assert "differ in model.source" in cell.passed_over[0][1]
+
+
+def test_runs_without_a_recipe_or_labels_go_by_their_folder(tmp_path: Path) -> None:
+    """They do not make every setting of the others one in which recipes differ."""
+    for seed in (0, 1):
+        write_run(tmp_path / "known" / f"version_{seed}", recipe(seed), {"test/exact": 0.5})
+    write_events(tmp_path / "bare" / "version_0", {"val/exact": [(1, 0.5)]})
+    cells, _ = group(collected(tmp_path).runs)
+    assert [(cell.labels, len(cell.runs)) for cell in cells] == [({"run": "bare"}, 1), ({"run": "known"}, 2)]
+    (run,) = cells[0].runs
+    assert (run.status, run.metrics) == ("unfinished", {"val/exact": 0.5})
+    assert run.reason.startswith("no config.yaml")
+
+
+def test_labels_beside_runs_without(tmp_path: Path) -> None:
+    write_run(tmp_path / "study" / "seed_0", recipe(0, {"ratio": "1/4"}), {"test/exact": 0.5})
+    for width in (16, 32):
+        config = recipe(0)
+        config["model"]["net"]["width"] = width
+        write_run(tmp_path / f"by_hand_{width}" / "version_0", config, {"test/exact": 0.5})
+    cells, _ = group(collected(tmp_path).runs)
+    assert {cell.name for cell in cells} == {"ratio=1/4", "width=16", "width=32"}
 
 
 def test_one_cell_of_runs_that_differ_in_their_seed(tmp_path: Path) -> None:

@@ -47,10 +47,10 @@ def labelled(runs: Sequence[Run]) -> tuple[list[dict[str, str]], dict[str, list[
     """The labels of every run, and for each label the settings that always change together with it.
 
     Runs without labels of their own get the settings in which they differ, seeds, folders and other places left out,
-    but with those of the runs whose models they started from:
-    of settings that change together the first, in the order stage, pattern, then the least deep.
+    but with those of the runs whose models they started from: of settings that change together the first, in the order
+    stage, pattern, then the least deep.
     """
-    without = [run for run in runs if not run.labels]
+    without = [run for run in runs if not run.labels and run.config]
     different = differing([_compared(run) for run in without])
     different = {key: texts for key, texts in different.items() if not all(map(_is_place, texts))}
     chosen = _telling(different)
@@ -62,14 +62,13 @@ def labelled(runs: Sequence[Run]) -> tuple[list[dict[str, str]], dict[str, list[
         ]
         for key in chosen
     }
-    own = {
-        id(run): {key: different[key][index] for key in chosen if different[key][index] != MISSING}
-        for index, run in enumerate(without)
-    }
+    own = {run.folder: dict(run.labels) for run in runs}
+    for index, run in enumerate(without):
+        own[run.folder] = {key: different[key][index] for key in chosen if different[key][index] != MISSING}
     if len(without) < len(runs):
-        # Among runs with labels, those without have at least the name of their folder.
-        own = {id(run): labels or {"run": run.folder.parent.name} for run, labels in zip(without, own.values())}  # noqa: B905
-    return [dict(run.labels) or own[id(run)] for run in runs], together
+        # Beside runs with labels, and where there is no recipe to compare, the name of the folder tells runs apart.
+        own = {run.folder: own[run.folder] or {"run": run.folder.parent.name} for run in runs}
+    return [own[run.folder] for run in runs], together
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
