@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,7 +26,7 @@ DEFAULT_BY = "model.net.mlp_width"
 
 _KEYS = (
     *("name", "root", "recipe", "values", "overrides", "axes"),
-    *("seeds", "exclude", "baseline", "match", "metrics", "claims"),
+    *("seeds", "exclude", "baseline", "match", "metrics", "tune", "claims"),
 )
 _MATCH_KEYS = ("budget", "by", "context", "tolerance", "multiple_of")
 _MOST_SEEDS = 2**32  # of numpy
@@ -68,6 +68,7 @@ class Study:
         baseline: labels by axis. A cell is compared with that cell which has these, and its own on the other axes.
         matches: which budgets of the two are made equal, one after the other.
         metrics: tags of what is compared.
+        tune: axes that are chosen for each cell by itself, each with the tag of the metric that decides.
         claims: what the report gives its verdict on, see `hybridvl.ablation.claims`; as the file states them.
     """
 
@@ -82,6 +83,7 @@ class Study:
     baseline: Mapping[str, str]
     matches: tuple[Match, ...]
     metrics: tuple[str, ...]
+    tune: Mapping[str, str] = field(default_factory=dict)
     claims: tuple[Mapping[str, Any], ...] = ()
 
     @property
@@ -135,6 +137,7 @@ def read_study(path: Path, changes: Mapping[str, str] | None = None) -> Study:
             baseline=_baseline(filled(content.get("baseline"), shared), axes),
             matches=_matches(filled(content.get("match"), shared)),
             metrics=_metrics(filled(content.get("metrics"), shared)),
+            tune=_tune(filled(content.get("tune"), shared), axes),
             claims=_claims(filled(content.get("claims"), shared), axes),
         )
         _check_cells(study)
@@ -237,6 +240,15 @@ def _metrics(given: Any) -> tuple[str, ...]:
     if not isinstance(given, list) or not all(isinstance(tag, str) and tag for tag in given):
         raise ConfigError(f"metrics: {given!r}; expected a list of tags, such as [test/exact]")
     return tuple(dict.fromkeys(given))
+
+
+def _tune(given: Any, axes: Sequence[Axis]) -> dict[str, str]:
+    found = require_mapping("tune", {} if given is None else given, "axes to tags of metrics")
+    require_known("tune.", found, [axis.name for axis in axes])
+    for name, tag in found.items():
+        if not isinstance(tag, str) or not tag:
+            raise ConfigError(f"tune.{name}: {tag!r}; expected the tag of a metric, such as val/loss")
+    return found
 
 
 def _claims(given: Any, axes: Sequence[Axis]) -> tuple[Mapping[str, Any], ...]:

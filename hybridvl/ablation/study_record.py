@@ -26,7 +26,7 @@ def record_study(study: Study, extend: bool = False) -> Path:
     """Write what a study is into its folder; returns the file.
 
     Keys of the file: name, root, recipe, overrides, axes (key, and values by label), seeds, exclude, baseline, match,
-    metrics, claims, and base, which is what the recipes come to.
+    metrics, tune, claims, and base, which is what the recipes come to.
 
     Args:
         study: the study.
@@ -34,7 +34,7 @@ def record_study(study: Study, extend: bool = False) -> Path:
 
     Raises:
         ConfigError: the folder holds another study. What its runs have in common cannot be changed even with `extend`,
-            and no run be left out. Names, folders, metrics and claims are not compared.
+            and no run be left out. Names, folders, metrics, what is tuned and claims are not compared.
     """
     path = study.folder / RECORD
     content = _content(study)
@@ -59,6 +59,7 @@ def _content(study: Study) -> dict[str, Any]:
         "baseline": dict(study.baseline),
         "match": [{**dataclasses.asdict(match), "by": list(match.by)} for match in study.matches],
         "metrics": list(study.metrics),
+        "tune": dict(study.tune),
         "claims": [dict(claim) for claim in study.claims],
         "base": merged_recipe([read_mapping(recipe) for recipe in study.recipes], {}),
     }

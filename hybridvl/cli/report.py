@@ -30,7 +30,9 @@ _SHOWN = 40  # rows of a table in the terminal; the files have all
 def main(argv: Sequence[str]) -> int:
     """Write a report and print its tables; returns 0. Mistakes are ConfigErrors."""
     options = _parser().parse_args(argv)
-    settings = Settings(_labels(options.baseline), options.interval, _level(options.level))
+    baseline = _labels("--baseline", options.baseline, "ratio=1/4")
+    tune = _labels("--tune", options.tune, "lr=val/loss")
+    settings = Settings(baseline, options.interval, _level(options.level), tune)
     for flag, tokens in [("--context", options.context), *(("--latency", tokens) for tokens in options.latency or ())]:
         if tokens is not None and tokens < 1:
             raise ConfigError(f"{flag}: {tokens}; expected at least 1 token")
@@ -70,6 +72,12 @@ def _parser() -> argparse.ArgumentParser:
         help="compare each cell with the one that has these labels and otherwise its own; default: the study's",
     )
     parser.add_argument(
+        "--tune",
+        nargs="+",
+        metavar="LABEL=TAG",
+        help="of cells that differ in this label alone report the one that is best by this metric, such as lr=val/loss",
+    )
+    parser.add_argument(
         "--interval",
         choices=("t", "bootstrap"),
         default="t",
@@ -99,12 +107,12 @@ def _claims(path: Path) -> list[Claim]:
         return read_claims(content.get("claims"))
 
 
-def _labels(given: Sequence[str] | None) -> dict[str, str]:
+def _labels(flag: str, given: Sequence[str] | None, example: str) -> dict[str, str]:
     found = {}
     for entry in given or ():
         key, equals, value = entry.partition("=")
         if not (key and equals):
-            raise ConfigError(f"--baseline: {entry!r}; expected LABEL=VALUE, such as ratio=1/4")
+            raise ConfigError(f"{flag}: {entry!r}; expected LABEL=VALUE, such as {example}")
         found[key] = value
     return found
 

@@ -59,6 +59,7 @@ def test_what_is_written(tmp_path: Path) -> None:
             }
         ],
         "metrics": ["test/exact"],
+        "tune": {},
         "claims": [],
         "base": {"model": {"net": {"width": 32}}, "data": {"seed": "${seed_everything}"}},
     }

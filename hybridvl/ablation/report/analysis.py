@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hybridvl.ablation.claims import Claim, read_claims
@@ -20,6 +20,7 @@ from hybridvl.ablation.report.costs import Costs, cell_costs
 from hybridvl.ablation.report.labels import text
 from hybridvl.ablation.report.metrics import chosen_metrics, logged_metrics
 from hybridvl.ablation.report.runs import DONE, Collected, Run
+from hybridvl.ablation.report.tuning import tuned
 from hybridvl.ablation.report.verdicts import Judged, judge
 from hybridvl.ablation.study import combinations
 from hybridvl.layers.errors import ConfigError, within
@@ -95,10 +96,17 @@ def analyse(
     runs = collected.runs
     orders = {key: values for study in collected.studies for key, values in _orders(study).items()}
     cells, notes = group(runs, orders)
+    tune = dict(settings.tune) or _tuned_axes(collected.studies)
+    if settings.tune or set(tune.values()) <= set(logged_metrics(runs)):
+        cells, chosen = tuned(cells, runs, tune)
+        notes += chosen
+    else:
+        notes.append(f"nothing is tuned yet: no run logged {' or '.join(tune.values())}")
     if settings.baseline:
         baselines = find_baselines(cells, settings.baseline)
     else:
-        settings = Settings(_baseline(collected.studies), settings.interval, settings.level)
+        given = {key: value for key, value in _baseline(collected.studies).items() if key not in tune}
+        settings = replace(settings, baseline=given)
         try:
             baselines = find_baselines(cells, settings.baseline)
         except ConfigError as error:  # a study may begin with other cells
@@ -146,6 +154,11 @@ def _orders(study: Mapping[str, Any]) -> dict[str, list[str]]:
         if isinstance(values, Mapping | list):
             found[str(name)] = [text(value) for value in values]
     return found
+
+
+def _tuned_axes(studies: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    given = [study.get("tune") for study in studies]
+    return {str(key): str(tag) for entry in given if isinstance(entry, Mapping) for key, tag in entry.items()}
 
 
 def _not_started(study: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:

@@ -63,11 +63,14 @@ class Settings:
         baseline: labels of what cells are compared with, see `find_baselines`; empty: no comparison.
         interval: of means and differences, see `hybridvl.ablation.statistics`.
         level: of the intervals.
+        tune: labels that are chosen for each cell by itself, by the metric that decides; see
+            `hybridvl.ablation.report.tuning`.
     """
 
     baseline: Mapping[str, str] = field(default_factory=dict)
     interval: Method = "t"
     level: float = LEVEL
+    tune: Mapping[str, str] = field(default_factory=dict)
 
 
 def group(runs: Sequence[Run], orders: Mapping[str, Sequence[str]] | None = None) -> tuple[list[Cell], list[str]]:
@@ -130,6 +133,16 @@ def find_cell(cells: Sequence[Cell], labels: Mapping[str, str]) -> int:
     return fitting[0]
 
 
+def label_key(place: str, cells: Sequence[Cell], given: str) -> str:
+    """The whole key of a label that is given by it or by the short name that cells have; ConfigError if none is."""
+    keys = list(dict.fromkeys(key for cell in cells for key in cell.labels))
+    by_short = {short: key for key, short in short_names(keys).items()}
+    key = given if given in keys else by_short.get(given)
+    if key is None:
+        raise ConfigError(f"{place}: {given}: no label; the labels are {', '.join(keys) or 'none'}")
+    return key
+
+
 def compare_metric(
     cells: Sequence[Cell], metric: str, baselines: Sequence[int | None], settings: Settings
 ) -> list[Result]:
@@ -148,13 +161,9 @@ def compare_metric(
 
 def _labels(place: str, cells: Sequence[Cell], labels: Mapping[str, str]) -> dict[str, str]:
     """Labels by their whole keys; ConfigError for one that no cell has."""
-    keys = list(dict.fromkeys(key for cell in cells for key in cell.labels))
-    by_short = {short: key for key, short in short_names(keys).items()}
     wanted = {}
     for given, value in labels.items():
-        key = given if given in keys else by_short.get(given)
-        if key is None:
-            raise ConfigError(f"{place}: {given}: no label; the labels are {', '.join(keys) or 'none'}")
+        key = label_key(place, cells, given)
         values = list(dict.fromkeys(cell.labels.get(key, MISSING) for cell in cells))
         if value not in values:
             raise ConfigError(f"{place}: {given}: {value!r}; no run has it, there are {', '.join(values)}")
