@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -26,8 +26,8 @@ from hybridvl.ablation.report.style import (
     tidy,
     title,
 )
-from hybridvl.ablation.report.wording import number, with_interval
-from hybridvl.ablation.statistics import pareto_front
+from hybridvl.ablation.report.wording import number, probability, with_interval
+from hybridvl.ablation.statistics import Interval, pareto_front
 from hybridvl.plan.units import parameters, tokens, with_prefix
 
 _ROWS = 40  # cells in a picture that has a row for each
@@ -42,11 +42,7 @@ def draw_cells(analysis: Analysis, metric: str) -> Figure | None:
     results = [analysis.results[metric][index] for index in indices]
     made, axes, heading = _rows(analysis, indices)
     for row, result in enumerate(results):
-        interval = result.interval
-        axes.plot([interval.low, interval.high], [row, row], color=COLOURS[0], linewidth=2.2, solid_capstyle="round")
-        axes.plot([interval.mean], [row], "o", color=COLOURS[0], markersize=7, zorder=3)
-        for place, value in enumerate(result.values.values()):
-            axes.plot([value], [row + 0.22 + 0.05 * (place % 3)], "o", **_RING)
+        _marks(axes, row, result.interval, [*result.values.values()], COLOURS[0])
     baselines = {there for there in analysis.baselines if there is not None}
     if len(baselines) == 1:
         mean = analysis.results[metric][min(baselines)].interval.mean
@@ -71,26 +67,22 @@ def draw_cells(analysis: Analysis, metric: str) -> Figure | None:
 def draw_differences(analysis: Analysis, metric: str) -> Figure | None:
     """A row for each cell that has a baseline: the mean of its paired differences, interval and pairs; None if none."""
     shown, only = shown_cells(analysis, metric, _ROWS)
-    found = [(index, analysis.results[metric][index]) for index in shown]
-    rows = [(index, result, result.difference) for index, result in found if result.difference is not None]
-    rows = [row for row in rows if row[2] is not None and row[2].pairs]
+    rows = []
+    for index in shown:
+        result = analysis.results[metric][index]
+        if result.difference is not None and result.difference.pairs:
+            rows.append((index, result.difference, result.p_corrected))
     if not rows:
         return None
     made, axes, _ = _rows(analysis, [index for index, _, _ in rows])
     axes.axvline(0, color=INK, linewidth=1)
     texts, values, ends = [], [0.0], []
     better = -1 if is_cost(metric) else 1
-    for row, (_, result, difference) in enumerate(rows):
-        assert difference is not None
+    for row, (_, difference, p) in enumerate(rows):
         interval = difference.interval
-        clear = result.p_corrected < _SIGNIFICANT
-        colour = FAINT if not clear else COLOURS[2] if better * interval.mean > 0 else COLOURS[1]
-        axes.plot([interval.low, interval.high], [row, row], color=colour, linewidth=2.2, solid_capstyle="round")
-        axes.plot([interval.mean], [row], "o", color=colour, markersize=7, zorder=3)
-        for place, value in enumerate(difference.differences):
-            axes.plot([value], [row + 0.22 + 0.05 * (place % 3)], "o", **_RING)
-        p = "" if math.isnan(result.p_corrected) else f"  p {_p_text(result.p_corrected)}"
-        texts.append(with_interval(interval, "+") + p)
+        colour = FAINT if not p < _SIGNIFICANT else COLOURS[2] if better * interval.mean > 0 else COLOURS[1]
+        _marks(axes, row, interval, difference.differences, colour)
+        texts.append(with_interval(interval, "+") + ("" if math.isnan(p) else f"  p {probability(p)}"))
         values += difference.differences
         ends += [interval.low, interval.high]
     axes.set_xlim(*limits(values, ends, share=False))
@@ -206,6 +198,14 @@ def _rows(analysis: Analysis, indices: list[int]) -> tuple[Figure, Axes, str]:
     return made, axes, heading or "cell"
 
 
+def _marks(axes: Axes, row: int, interval: Interval, singles: Sequence[float], colour: str) -> None:
+    """A row's interval as a bar, its mean as a dot, and below them single values as rings."""
+    axes.plot([interval.low, interval.high], [row, row], color=colour, linewidth=2.2, solid_capstyle="round")
+    axes.plot([interval.mean], [row], "o", color=colour, markersize=7, zorder=3)
+    for place, value in enumerate(singles):
+        axes.plot([value], [row + 0.22 + 0.05 * (place % 3)], "o", **_RING)
+
+
 def _right_texts(axes: Axes, texts: list[str]) -> None:
     """The figures of each row, at its end."""
     for row, text in enumerate(texts):
@@ -226,7 +226,3 @@ def _heading(made: Figure, text: str, only: str, how: str) -> None:
 
 def _level(analysis: Analysis) -> str:
     return f"{100 * analysis.settings.level:g} % interval"
-
-
-def _p_text(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
