@@ -16,7 +16,8 @@ _SIGNS = (
 )
 # All that oneDNN says when it gets no memory for an operator's code; "primitive descriptor" is another error.
 _NO_CODE = re.compile(r"could not create a primitive(?! descriptor)")
-_KILLED = "killed by signal: Killed"  # torch's word on a data worker that the system has ended
+# torch's words on a data worker that has gone; which signal ended it, if any, is known in most cases.
+_GONE, _SIGNAL, _KILLED = "exited unexpectedly", "killed by signal", "killed by signal: Killed"
 _ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.]+) (\w+)", re.IGNORECASE)
 
 
@@ -44,7 +45,7 @@ def memory_message(error: BaseException, stage: str, settings: Any) -> str:
     helping = _helping(stage, settings)
     what = f"out of memory of the {where}{size}"
     if _worker_killed(error):
-        what = "a data worker was killed, as the system does when memory runs out"
+        what = "a data worker has gone without a word, as when the system kills it because memory runs out"
         helping.insert(0, f"fewer data.workers (now {settings.data.workers})")
     return f"{what}; checkpoints are as they were; what helps: {', '.join(helping)}"
 
@@ -54,7 +55,10 @@ def _no_code(error: BaseException) -> bool:
 
 
 def _worker_killed(error: BaseException) -> bool:
-    return _KILLED in str(error) or _KILLED in str(error.__cause__)
+    texts = (str(error), str(error.__cause__))
+    if any(_SIGNAL in text for text in texts):
+        return any(_KILLED in text for text in texts)
+    return _GONE in texts[0]
 
 
 def _helping(stage: str, settings: Any) -> list[str]:

@@ -71,8 +71,22 @@ def test_a_killed_worker_is_a_lack_of_memory() -> None:
         next(iter(DataLoader(_Killed(), num_workers=1)))
     assert is_out_of_memory(caught.value)
     message = memory_message(caught.value, "supervised", _recipe(net=NET, loss_chunk=64))
-    assert message.startswith("a data worker was killed, as the system does when memory runs out; checkpoints are")
+    assert message.startswith("a data worker has gone without a word, as when the system kills it because memory runs")
     assert "what helps: fewer data.workers (now 3), a smaller data.batch_size (now 8;" in message
+
+
+@pytest.mark.parametrize(
+    ("cause", "expected"),
+    [
+        ("DataLoader worker (pid 7) is killed by signal: Killed. ", True),
+        ("DataLoader worker (pid 7) is killed by signal: Segmentation fault. ", False),
+        ("", True),  # torch has seen that it is gone before it was told why
+    ],
+)
+def test_which_lost_workers_are_a_lack_of_memory(cause: str, expected: bool) -> None:
+    error = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    error.__cause__ = RuntimeError(cause)
+    assert is_out_of_memory(error) is expected
 
 
 def test_the_message_has_the_settings_of_the_recipe() -> None:
