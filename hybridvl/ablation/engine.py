@@ -32,8 +32,10 @@ class Engine:
         self.records = [RunRecord(run.folder) for run in self.runs]
         self.statuses: list[Status] = ["waiting"] * len(self.runs)
         self.signal: int | None = None
-        for run, record in zip(self.runs, self.records, strict=True):
+        for index, (run, record) in enumerate(zip(self.runs, self.records, strict=True)):
             record.check(run.key)
+            if record.state == "done":
+                self.statuses[index] = "done"
 
 
 Watch = Callable[[Engine], None]

@@ -112,6 +112,10 @@ class LocalEngine(Engine):
                     return
                 time.sleep(_POLL)
 
+    def _stopping(self) -> bool:
+        """Whether a signal has come; it may do so at any time."""
+        return self.signal is not None
+
     def _stop(self, number: int, frame: object) -> None:
         for running in self._running:
             running.process.send_signal(number if self.signal is None else signal.SIGKILL)
@@ -150,10 +154,16 @@ class LocalEngine(Engine):
         if state == "done" or (state == "failed" and (not self._retry_failed or self.statuses[index] == "elsewhere")):
             claim.release()
             return "done" if state == "done" else "failed"
-        slot = self._free.pop(0)
+        record.check(run.key)
         words = record.begin(run.key, run.cell.labels, run.seed, run.arguments)
+        if self._stopping():  # since the last look
+            claim.release()
+            return "stopped"
+        slot = self._free.pop(0)
         process = _start(words, record.log, slot, claim.handle)
         self._running.append(_Running(index, slot, record, claim, process))
+        if self._stopping():  # before the process was known
+            process.send_signal(self.signal or signal.SIGTERM)
         return "running"
 
 

@@ -43,6 +43,8 @@ def run_on_ray(
         from ray import tune
     except ModuleNotFoundError as error:
         raise ConfigError("--engine ray: Ray Tune is not installed; pip install 'hybridvl[ray]'") from error
+    # Not Tune's own event files beside the runs', and no second Ray where the first has been shut down.
+    os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_ENABLE_AUTO_CONNECT="0")
     onlooker = Onlooker(runs)
     dashboard = None if _ADDRESS in os.environ else False  # a cluster has the one that it was started with
     ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=dashboard)

@@ -71,7 +71,8 @@ class RunRecord:
         if "ended" in self.metrics:
             return "done"
         ended = read_record(self.ended)
-        return "failed" if ended.get("status", 0) > 0 and ended.get("signal") is None else "stopped"
+        # A fit that ends well says so in metrics.json; one that does not, and yet has exit status 0, has failed, too.
+        return "failed" if ended.get("status", -1) >= 0 and ended.get("signal") is None else "stopped"
 
     @property
     def reason(self) -> str:
@@ -98,7 +99,15 @@ class RunRecord:
         elif self.folder.exists():
             shutil.rmtree(self.folder)
         attempts = int(read_record(self.started).get("attempts", 0)) + 1
-        facts = {"key": key, "labels": labels, "seed": seed, "arguments": words, "attempts": attempts}
+        before = self.log.stat().st_size if self.log.exists() else 0
+        facts = {
+            "key": key,
+            "labels": labels,
+            "seed": seed,
+            "arguments": words,
+            "attempts": attempts,
+            "log_from": before,
+        }
         write_record(self.started, {**facts, "started": _now()})
         self.ended.unlink(missing_ok=True)
         return words
@@ -111,8 +120,10 @@ class RunRecord:
     def _reason(self, ended: Ended) -> str:
         if not ended.status and "ended" in self.metrics:
             return ""
-        lines = _last_lines(self.log)
+        lines = _last_lines(self.log, int(read_record(self.started).get("log_from", 0)))
         mistakes = [line for line in lines if line.startswith("error: ")]
+        if not ended.status:
+            return "the fit ended without a word of its end in metrics.json (fast_dev_run, or another logger?)"
         return (mistakes or lines or [f"exit status {ended.status}"])[-1].removeprefix("error: ")
 
 
@@ -158,10 +169,11 @@ class Claim:
         os.close(self.handle)
 
 
-def _last_lines(path: Path) -> list[str]:
+def _last_lines(path: Path, start: int) -> list[str]:
+    """The last lines of a log from a place in it on."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _LAST_BYTES))
+            file.seek(max(start, path.stat().st_size - _LAST_BYTES))
             text = file.read().decode(errors="replace")
     except FileNotFoundError:
         return []

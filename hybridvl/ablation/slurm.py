@@ -12,8 +12,11 @@ from hybridvl.ablation.engine import Engine, Onlooker, Watch
 from hybridvl.ablation.local import LocalEngine, own_slots
 from hybridvl.layers.errors import ConfigError
 
-CLUSTER = "cluster"
-"""The setting that chooses submitit's executor: slurm, or local for processes of this machine."""
+CLUSTER, TIMEOUTS = "cluster", "slurm_max_num_timeout"
+"""Settings of submitit's executor itself: slurm, or local for processes of this machine; how often a job that has run
+out of time is requeued."""
+
+_MANY = 1000
 
 
 def run_on_slurm(
@@ -48,14 +51,15 @@ def run_on_slurm(
         def __call__(self, runs: Sequence[Run], retry_failed: bool, place: str) -> None:
             work_on_share(runs, retry_failed, place)
 
-    parameters = {name: value for name, value in settings.items() if name != CLUSTER}
-    try:
-        executor = submitit.AutoExecutor(folder / ".slurm" / "%j", cluster=settings.get(CLUSTER))
-        executor.update_parameters(**{"name": folder.name, **parameters})
-    except (NameError, ValueError, TypeError, RuntimeError) as error:
-        raise ConfigError(f"--slurm: {str(error).strip()}") from error
+    parameters = {name: value for name, value in settings.items() if name not in (CLUSTER, TIMEOUTS)}
+    cluster, timeouts = settings.get(CLUSTER, "slurm"), settings.get(TIMEOUTS, _MANY)
     onlooker = Onlooker(runs)
-    submitted = executor.map_array(Share(), *zip(*[(list(runs), retry_failed, os.getcwd())] * jobs, strict=True))
+    try:
+        executor = submitit.AutoExecutor(folder / ".slurm" / "%j", cluster=cluster, slurm_max_num_timeout=timeouts)
+        executor.update_parameters(**{"name": folder.name, **parameters})
+        submitted = executor.map_array(Share(), *zip(*[(list(runs), retry_failed, os.getcwd())] * jobs, strict=True))
+    except (NameError, ValueError, TypeError, RuntimeError) as error:
+        raise ConfigError(f"--slurm: {' '.join(str(error).split())}") from error
 
     def cancel() -> None:
         for job in submitted:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from hybridvl.ablation import local
 from hybridvl.ablation.cells import Cell, Run
 from hybridvl.ablation.local import LocalEngine, Slot, own_slots, slots
 from hybridvl.ablation.records import Claim, RunRecord
@@ -69,6 +71,14 @@ def test_the_states_of_a_run(tmp_path: Path) -> None:
     record.log.write_text("warning: slow\nerror: data.max_tokens: 8 is too small\nusage: hybridvl\n")
     record.finish(Ended(2, None))
     assert (record.state, record.reason) == ("failed", "data.max_tokens: 8 is too small")
+    record.log.write_text("error: an older mistake\n")
+    record.begin("key", {"a": "1"}, 0, [])
+    record.log.write_text("error: an older mistake\nZeroDivisionError: division by zero\n")
+    record.finish(Ended(1, None))
+    assert (record.state, record.reason) == ("failed", "ZeroDivisionError: division by zero")
+    record.finish(Ended(0, None))
+    assert record.state == "failed"
+    assert "without a word of its end" in record.reason
     for ended in (Ended(-signal.SIGKILL, None), Ended(130, signal.SIGINT)):
         record.begin("key", {"a": "1"}, 0, [])
         record.finish(ended)
@@ -77,7 +87,7 @@ def test_the_states_of_a_run(tmp_path: Path) -> None:
     assert record.state == "stopped"
     _write(record.folder / "metrics.json", {"metrics": {}, "ended": "2026-01-01T00:00:00+00:00"})
     assert record.state == "done"  # whatever the record of its end says
-    assert json.loads(record.started.read_text())["attempts"] == 3
+    assert json.loads(record.started.read_text())["attempts"] == 4
 
 
 def test_a_run_goes_on_from_its_checkpoint_or_begins_again(tmp_path: Path) -> None:
@@ -154,6 +164,34 @@ def test_the_table_has_paces_times_and_scores(tmp_path: Path) -> None:
         ["a=2/seed_0", "waiting", "", "", "", ""],
         ["a=3/seed_0", "failed", "", "", "", ""],
     ]
+
+
+@pytest.mark.parametrize("moment", ["begin", "start"])
+def test_a_signal_while_a_run_is_started_reaches_it(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = SweepView([], 1, Console(file=io.StringIO()))
+    engine = _engine(tmp_path, view, 1)
+    begin, start = RunRecord.begin, local._start
+
+    def signalled_begin(*arguments: object) -> list[str]:
+        words = begin(*arguments)  # type: ignore[arg-type]
+        if moment == "begin":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return words
+
+    def sleeper(arguments: object, log: Path, slot: Slot, held: int) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(["sleep", "60"])
+        os.kill(os.getpid(), signal.SIGTERM)
+        return process
+
+    monkeypatch.setattr(RunRecord, "begin", signalled_begin)
+    monkeypatch.setattr(local, "_start", sleeper if moment == "start" else start)
+    began = time.monotonic()
+    engine.run()
+    assert time.monotonic() - began < 30
+    assert engine.statuses == ["stopped"]
+    assert engine.signal == signal.SIGTERM
 
 
 def test_many_runs_show_those_that_matter(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_costs_are_those_of_the_plan(study: Path, capsys: pytest.CaptureFixture[
     costs = report(study)["cells"][0]["costs"]
     capsys.readouterr()
     config = study / "ratio=0" / "seed_0" / "config.yaml"
-    assert main(["plan", "--config", str(config), "--context", "128", "--json", "-"]) == 0
+    assert main(["plan", "--config", str(config), "--context", "128", "--dtype", "float32", "--json", "-"]) == 0
     (plan,) = json.loads(capsys.readouterr().out)
     assert costs["context"] == 128
     assert costs["state_bytes"] == plan["state_bytes"]["128"]

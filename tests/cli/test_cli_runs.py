@@ -57,7 +57,7 @@ def test_labels_are_all_that_hparams_shows(tmp_path: Path) -> None:
     shown = HParamsPluginData.FromString(content).session_start_info.hparams
     assert {name: value.string_value or value.number_value for name, value in shown.items()} == {
         "ratio": "1/4",
-        "window": 16,
+        "window": "16",
         "seed": 3,
     }
 

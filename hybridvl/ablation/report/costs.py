@@ -11,6 +11,7 @@ from statistics import fmean
 
 import torch
 
+from hybridvl.ablation.recipes import recipe_dtype
 from hybridvl.ablation.report.cells import Cell
 from hybridvl.ablation.report.runs import Run
 from hybridvl.bench.filling import filled_state
@@ -36,7 +37,7 @@ class Costs:
         parameters: of the model.
         flops: forward FLOPs per token of one pass over `context` tokens, decoder and head.
         decode_flops: of one more token after `context` tokens.
-        state_bytes: of one row after `context` tokens, in bfloat16.
+        state_bytes: of one row after `context` tokens, in the dtype of the recipe's trainer.precision.
         context: tokens.
         decode_seconds: time of one more token: what the runs logged, or else what was measured after the most tokens.
         growth: bytes of state by tokens.
@@ -67,17 +68,21 @@ def cell_costs(cells: Sequence[Cell], context: int | None = None, measured: Sequ
     runs = [run for cell in cells for run in cell.runs]
     context = context or max((_max_tokens(run) for run in runs), default=0) or _CONTEXT
     known: dict[str, ModelConfig | None] = {}
-    keys = []
+    keys: list[tuple[str, torch.dtype] | None] = []
     for cell in cells:
-        candidates = (_known(run, known) for run in cell.runs)
-        keys.append(next((key for key in candidates if known[key] is not None), None))
-    configs = {key: config for key, config in known.items() if config is not None and key in keys}
+        candidates = ((_known(run, known), run) for run in cell.runs)
+        found = next(((key, run) for key, run in candidates if known[key] is not None), None)
+        keys.append(None if found is None else (found[0], recipe_dtype(found[1].config)))
+    used = {key for key, _ in filter(None, keys)}
+    configs = {key: config for key, config in known.items() if config is not None and key in used}
     contexts = sorted({*CONTEXTS, context, *measured})
-    plans = {key: plan_model(config, contexts) for key, config in configs.items()}
+    plans = {pair: plan_model(configs[pair[0]], contexts, pair[1]) for pair in set(filter(None, keys))}
     times = decode_seconds(configs, measured) if measured else {}
     return [
-        _costs(cell, context, contexts, None if key is None else plans[key], {} if key is None else times.get(key, {}))
-        for cell, key in zip(cells, keys, strict=True)
+        _costs(cell, context, contexts, None, {})
+        if pair is None
+        else _costs(cell, context, contexts, plans[pair], times.get(pair[0], {}))
+        for cell, pair in zip(cells, keys, strict=True)
     ]
 
 

@@ -143,7 +143,7 @@ def draw_growth(analysis: Analysis, metric: str) -> Figure | None:
     for axes, values in zip(panels, (analysis.costs[shown[0]].growth, analysis.costs[shown[0]].latency), strict=False):
         _token_axis(axes, [*values])
         axes.set_yscale("log")
-    panels[0].set_ylabel("state of one row, bfloat16", color=INK, fontsize=9.5)
+    panels[0].set_ylabel("state of one row", color=INK, fontsize=9.5)
     panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: with_prefix(value, "B")))
     if timed:
         panels[1].set_ylabel("measured time of a decode step (ms)", color=INK, fontsize=9.5)

@@ -95,7 +95,7 @@ def cost_sentence(analysis: Analysis) -> str:
     after = f" The decode step was timed after {tokens(timed[0])} tokens, on the CPU in float32." if timed else ""
     return (
         f"Counted from the models' configurations for {context} tokens: forward FLOPs of the decoder and its head per "
-        f"token of one pass, and of one more token after it; the state of one row after it, in bfloat16.{after}"
+        f"token of one pass, and of one more token after it; the state of one row, in the recipe's dtype.{after}"
     )
 
 

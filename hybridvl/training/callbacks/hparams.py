@@ -38,8 +38,8 @@ class HParams(Callback):
             return
         from torch.utils.tensorboard.summary import hparams
 
-        labels = {name: _number(text) for name, text in self.labels.items()}
-        settings = {**(labels or settings_of(pl_module)), "seed": self.seed}
+        # Labels stay texts: a column of numbers for some runs and texts for others can be neither sorted nor filtered.
+        settings = {**(self.labels or settings_of(pl_module)), "seed": self.seed}
         values = {name: _plain(value) for name, value in settings.items()}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -63,14 +63,6 @@ def settings_of(module: LightningModule) -> dict[str, Any]:
         "weight_decay": optimizer.weight_decay,
         "warmup_steps": optimizer.warmup_steps,
     }
-
-
-def _number(text: str) -> float | str:
-    """A label that is a number as one, so that the page sorts and filters by size."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _plain(value: Any) -> bool | int | float | str:
