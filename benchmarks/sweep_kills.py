@@ -1,6 +1,6 @@
 """Kills a sweep of 24 short runs at random moments, its runs, or both, and counts what is lost or done twice.
 
-    python benchmarks/sweep_kills.py --root /tmp/kills
+    python benchmarks/sweep_kills.py --root FOLDER
 
 The study is two-layer models on small pages of digits for a few steps. After each of the kills (SIGKILL) no process of
 the study may be left; the last sweep is let alone, and then every run must be done, through to its last line exactly

@@ -246,8 +246,8 @@ def _tune(given: Any, axes: Sequence[Axis]) -> dict[str, str]:
     found = require_mapping("tune", {} if given is None else given, "axes to tags of metrics")
     require_known("tune.", found, [axis.name for axis in axes])
     for name, tag in found.items():
-        if not isinstance(tag, str) or not tag:
-            raise ConfigError(f"tune.{name}: {tag!r}; expected the tag of a metric, such as val/loss")
+        if not isinstance(tag, str) or not tag or tag.startswith("test/"):
+            raise ConfigError(f"tune.{name}: {tag!r}; expected the tag of a metric of the validation, such as val/loss")
     return found
 
 

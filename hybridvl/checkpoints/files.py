@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from typing import Any
 from hybridvl.layers import ConfigError
 
 _SHOWN = 120  # characters of a path that an error message repeats when the path is too long
-_TEMPORARY = re.compile(r"\..+\.([1-9][0-9]{0,8})\.tmp", re.DOTALL)  # what `write_files` writes under first
+# What `write_files` writes under first: file, host, process. Other hosts may share the folder.
+_TEMPORARY = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<process>[1-9][0-9]{0,8})\.tmp", re.DOTALL)
+_HOST = re.sub(r"[^\w-]", "-", socket.gethostname())
 
 
 def usable_path(path: str | Path) -> Path:
@@ -62,7 +65,7 @@ def write_files(folder: Path, files: Mapping[str, Callable[[Path], object]], sta
     folder that has the name of a file, shows while no name has changed yet, and all files are as they were. What
     processes that were killed while they wrote have left behind in the folder is removed.
     """
-    temporary = {name: folder / f".{name}.{os.getpid()}.tmp" for name in files}
+    temporary = {name: folder / f".{name}.{_HOST}.{os.getpid()}.tmp" for name in files}
     stale = list(stale)
     current = folder / next(iter(files))
     try:
@@ -95,10 +98,10 @@ def text_writer(text: str) -> Callable[[Path], object]:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of processes that are no more."""
+    """Remove the temporary files of this host's processes that are no more."""
     for path in folder.iterdir():
         found = _TEMPORARY.fullmatch(path.name)
-        if found is not None and not _is_running(int(found[1])):
+        if found is not None and found["host"] == _HOST and not _is_running(int(found["process"])):
             with contextlib.suppress(OSError):
                 path.unlink()
 

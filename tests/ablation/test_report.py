@@ -13,6 +13,7 @@ import yaml
 from report_runs import recipe, write_run, write_study
 from scipy import stats
 
+from hybridvl.ablation.report.metrics import is_cost
 from hybridvl.cli import main
 
 VALUES = {"0": [0.42, 0.40, 0.47], "1/4": [0.61, 0.66, 0.70], "1": [0.60, 0.68, 0.69]}
@@ -202,3 +203,19 @@ def test_folders_that_are_none(tmp_path: Path, study: Path, capsys: pytest.Captu
     (tmp_path / "file").write_text("")
     assert main(["report", str(study), "--out", str(tmp_path / "file")]) == 2
     assert "is a file; expected a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("metric", "less_is_better"),
+    [
+        ("val/loss", True),
+        ("train/layer_3", True),
+        ("speed/step_s", True),
+        ("memory/peak_rss_mib", True),
+        ("val/glossary_exact", False),
+        ("speed/tokens_per_s", False),
+        ("test/lag_3_4_exact", False),
+    ],
+)
+def test_of_which_metrics_less_is_better(metric: str, less_is_better: bool) -> None:
+    assert is_cost(metric) is less_is_better

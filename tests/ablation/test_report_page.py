@@ -77,7 +77,7 @@ def test_the_page_needs_nothing_else(page: Path) -> None:
     assert "<b>" not in page.read_text()
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which is not installed here")
 def test_in_a_browser_every_run_and_metric_is_seen(page: Path, tmp_path: Path) -> None:
     text = page.read_text()
     order = re.findall(r"<h2>(.*?)</h2>", text).index("All runs (6)")

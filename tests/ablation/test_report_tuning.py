@@ -28,7 +28,8 @@ def study(tmp_path: Path) -> Path:
     for mixer, losses in LOSSES.items():
         for lr, loss in losses.items():
             for seed in (0, 1):
-                metrics = {"val/loss": loss + 0.01 * seed, "test/exact": SCORES[mixer][lr] + 0.02 * seed}
+                score = SCORES[mixer][lr] + 0.02 * seed
+                metrics = {"val/loss": loss + 0.01 * seed, "val/exact": score, "test/exact": score}
                 labels = {"mixer": mixer, "lr": lr}
                 write_run(tmp_path / f"{mixer}-{lr}" / f"seed_{seed}", recipe(seed, labels), metrics)
     return tmp_path
@@ -60,8 +61,22 @@ def test_each_cell_has_its_own_best(study: Path) -> None:
 
 
 def test_of_scores_the_highest_is_best(study: Path) -> None:
-    analysis = analysed(study, Settings(tune={"lr": "test/exact"}))
+    analysis = analysed(study, Settings(tune={"lr": "val/exact"}))
     assert [result.interval.mean for result in analysis.results["test/exact"]] == pytest.approx([0.91, 0.81])
+
+
+def test_what_is_chosen_by_the_test_is_refused(study: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tune: lr: 'test/exact'; expected a metric of the validation"):
+        analysed(study, Settings(tune={"lr": "test/exact"}))
+
+
+def test_one_lucky_seed_does_not_win(study: Path) -> None:
+    """The best learning rate of gdn with a failed seed passes over to the next best that has both."""
+    (study / "gdn-0.003" / "seed_1" / "metrics.json").unlink()
+    analysis = analysed(study, Settings(baseline={"mixer": "swa"}, tune={"lr": "val/loss"}))
+    assert analysis.results["test/exact"][0].values == pytest.approx({0: 0.5, 1: 0.52})
+    whys = [why for run, why in analysis.left_out if run.labels == {"mixer": "gdn", "lr": "0.003"}]
+    assert "done, but mixer=gdn is best with lr=0.001 by val/loss: 0.505, not 0.3, of 1 seeds alone" in whys
 
 
 def test_two_labels_one_after_the_other(study: Path) -> None:
@@ -112,6 +127,7 @@ def test_what_a_study_file_may_say(tmp_path: Path) -> None:
     for given, message in [
         ({"rl": "val/loss"}, r"tune\.rl: unknown key; known here are lr"),
         ({"lr": 3}, r"tune\.lr: 3; expected the tag of a metric"),
+        ({"lr": "test/exact"}, r"tune\.lr: 'test/exact'; expected the tag of a metric of the validation"),
         (["lr"], r"tune: \['lr'\]; expected a mapping of axes to tags of metrics"),
     ]:
         path.write_text(yaml.safe_dump({**content, "tune": given}))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -103,7 +105,9 @@ write_files(Path({str(tmp_path)!r}), {{"model-00007-of-00009.safetensors": write
 """
     assert subprocess.run([sys.executable, "-c", kill], check=False).returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 1
-    others = {f".config.json.{os.getppid()}.tmp", ".notes.tmp", ".config.json.x.tmp", "config.json.tmp"}
+    here = re.sub(r"[^\w-]", "-", socket.gethostname())
+    others = {f".config.json.{here}.{os.getppid()}.tmp", ".notes.tmp", ".config.json.x.tmp", "config.json.tmp"}
+    others.add(".config.json.another-host.999999999.tmp")  # no process of this host says whether it is still written
     for name in others:
         (tmp_path / name).write_text("another's")
     hybridvl.save(small_model("full"), tmp_path)

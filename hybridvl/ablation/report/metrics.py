@@ -42,5 +42,5 @@ def chosen_metrics(runs: Sequence[Run], wanted: Sequence[str]) -> list[str]:
 def is_cost(metric: str) -> bool:
     """Whether less of a metric is better."""
     name = metric.split("/")[-1]
-    words = ("loss", "divergence", "entropy", "perplexity", "error", "seconds", "latency", "bytes", "step_s")
-    return any(word in name for word in words) or name.startswith("layer_")
+    words = {"loss", "divergence", "entropy", "perplexity", "error", "seconds", "latency", "bytes", "mib"}
+    return not words.isdisjoint(name.split("_")) or name == "step_s" or name.startswith("layer_")

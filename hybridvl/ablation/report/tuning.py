@@ -10,6 +10,7 @@ from hybridvl.ablation.report.cells import Cell, label_key
 from hybridvl.ablation.report.labels import MISSING, short_names
 from hybridvl.ablation.report.metrics import chosen_metrics, is_cost
 from hybridvl.ablation.report.runs import Run
+from hybridvl.layers.errors import ConfigError
 
 
 def tuned(cells: Sequence[Cell], runs: Sequence[Run], tune: Mapping[str, str]) -> tuple[list[Cell], list[str]]:
@@ -31,6 +32,11 @@ def tuned(cells: Sequence[Cell], runs: Sequence[Run], tune: Mapping[str, str]) -
     for label, metric in tune.items():
         key = label_key("tune", found, label)
         chosen_metrics(runs, [metric])
+        if metric.startswith("test/"):
+            raise ConfigError(
+                f"tune: {label}: {metric!r}; expected a metric of the validation, such as val/loss: what is "
+                "chosen by the test cannot be tested by it"
+            )
         groups: dict[frozenset[tuple[str, str]], list[Cell]] = {}
         for cell in found:
             rest = frozenset((name, value) for name, value in cell.labels.items() if name != key)
@@ -41,11 +47,16 @@ def tuned(cells: Sequence[Cell], runs: Sequence[Run], tune: Mapping[str, str]) -
 
 
 def _best(candidates: Sequence[Cell], key: str, metric: str, short: Mapping[str, str], notes: list[str]) -> Cell:
-    """The candidate with the best mean, in the name of all; the first where none has the metric."""
+    """The candidate with the best mean among those with the most seeds, in the name of all; the first where none has
+    the metric.
+
+    One whose other seeds have failed would win by what survived.
+    """
     sign = -1 if is_cost(metric) else 1
     means = [fmean(values) if (values := cell.values(metric).values()) else math.nan for cell in candidates]
     known = [index for index, mean in enumerate(means) if not math.isnan(mean)]
-    best = max(known, key=lambda index: sign * means[index], default=0)
+    seeds = [len(cell.values(metric)) for cell in candidates]
+    best = max(known, key=lambda index: (seeds[index], sign * means[index]), default=0)
     said = [f"{short[key]}={cell.labels.get(key, MISSING)}" for cell in candidates]
     labels = {name: value for name, value in candidates[best].labels.items() if name != key}
     name = ", ".join(f"{short[other]}={value}" for other, value in labels.items()) or "all runs"
@@ -53,6 +64,7 @@ def _best(candidates: Sequence[Cell], key: str, metric: str, short: Mapping[str,
     for index, cell in enumerate(candidates):
         if index != best:
             why = f"done, but {name} is best with {said[best]} by {metric}: {means[best]:.4g}, not {means[index]:.4g}"
+            why += f", of {seeds[index]} seeds alone" if seeds[index] < seeds[best] else ""
             passed_over += [(run, why) for run in cell.used.values()]
     if known:
         others = "".join(f"; {means[index]:.4g} with {said[index]}" for index in known if index != best)
