@@ -219,3 +219,14 @@ def test_folders_that_are_none(tmp_path: Path, study: Path, capsys: pytest.Captu
 )
 def test_of_which_metrics_less_is_better(metric: str, less_is_better: bool) -> None:
     assert is_cost(metric) is less_is_better
+
+
+def test_runs_of_several_studies_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, score in (("ratio", 0.1), ("ratio-full", 0.9)):
+        write_study(tmp_path / name, {"0": [score], "1": [0.5]})
+    assert main(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "cell ratio=0: runs of several studies have these labels" in error
+    assert str(tmp_path / "ratio-full") in error
+    assert error.count("\n") == 1
+    assert main(["report", str(tmp_path / "ratio")]) == 0

@@ -91,11 +91,14 @@ def analyse(
         claims: to be judged, beside those of the studies.
 
     Raises:
-        ConfigError: a metric that no run logged, a baseline that no cell has, no run that was started.
+        ConfigError: a metric that no run logged, a baseline that no cell has, no run that was started, runs of several
+            studies with the same labels.
     """
     runs = collected.runs
     orders = {key: values for study in collected.studies for key, values in _orders(study).items()}
     cells, notes = group(runs, orders)
+    if len(collected.studies) > 1:
+        _refuse_mixed(cells)
     tune = dict(settings.tune) or _tuned_axes(collected.studies)
     if settings.tune or set(tune.values()) <= set(logged_metrics(runs)):
         cells, chosen = tuned(cells, runs, tune)
@@ -180,6 +183,17 @@ def _not_started(study: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
         return []
     shown = "; ".join(missing[:_MISSING_SHOWN]) + ("; and others" if len(missing) > _MISSING_SHOWN else "")
     return [f"study {study.get('name')}: {len(missing)} of {len(labels) * len(seeds)} runs were not started: {shown}"]
+
+
+def _refuse_mixed(cells: Sequence[Cell]) -> None:
+    """Raise ConfigError where a mean would be over runs of several studies: equal labels say nothing of the rest."""
+    for cell in cells:
+        places = sorted({str(run.folder.parent.parent) for run in cell.runs if run.labels})
+        if len(places) > 1:
+            raise ConfigError(
+                f"cell {cell.name}: runs of several studies have these labels ({', '.join(places)}); expected one "
+                "study in a report, or labels that tell them apart"
+            )
 
 
 def _baseline(studies: Sequence[Mapping[str, Any]]) -> dict[str, str]:
