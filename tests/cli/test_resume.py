@@ -64,7 +64,7 @@ def test_killed_and_resumed_is_uninterrupted(pattern: str, packing: bool, tmp_pa
     _fit_and_die(killed)
     folder = tmp_path / "runs" / "killed" / "version_0"
     unfinished, last = sorted(path.name for path in (folder / "checkpoints").iterdir())
-    assert re.fullmatch(r"\.last\.ckpt\.\d+\.tmp", unfinished)
+    assert re.fullmatch(r"\.last\.ckpt\.[\w-]+\.\d+\.tmp", unfinished)
     assert last == "last.ckpt"
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 4
 
