@@ -11,10 +11,10 @@ from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.mappings import require_known, require_mapping, require_path
 from hybridvl.pipeline.references import filled, flat, references, require_value
 
-OWN = ("run.root", "run.name", "run.version", "run.labels", "ckpt_path", "config", "seed_everything")
+OWN = ("run.root", "run.name", "run.version", "run.labels", "run.metrics", "ckpt_path", "config", "seed_everything")
 """Keys of recipes that a study decides about."""
 
-SAYS = "the study says this itself (its name, root, axes and seeds)"
+SAYS = "the study says this itself (its name, root, axes, seeds and metrics)"
 _KEYS = ("key", "values")
 _NAME_HINT = "expected a name of letters, digits, '_' and '-' that begins with a letter"
 

@@ -146,6 +146,7 @@ def _run(study: Study, cell: Cell, seed: int, recipes: list[dict[str, Any]]) -> 
         "run.name": cell.name,
         "run.version": folder.name,
         "run.labels": cell.labels,
+        "run.metrics": list(study.metrics),
     }
     decides = [recipes, cell.overrides, seed]
     key = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()

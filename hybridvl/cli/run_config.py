@@ -23,6 +23,7 @@ class RunConfig:
         threads: CPU threads of the main process; small models run fastest on 1. null leaves torch's choice.
         labels: what tells this run from others it is compared with, such as {ratio: 1/4}; TensorBoard's HParams page
             then shows these and the seed alone, instead of the usual settings.
+        metrics: tags that the HParams page has beside them, such as [test/exact]; of none it has the usual ones.
     """
 
     name: str = "run"
@@ -32,6 +33,7 @@ class RunConfig:
     test: bool = True
     threads: int | None = None
     labels: dict[str, str] = field(default_factory=dict)
+    metrics: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:

@@ -246,8 +246,8 @@ class TrainingCLI(LightningCLI):
         if progress_bar:
             callbacks.append(StepProgress())
         if logged:
-            labels = self._get(self.config_init, "run").labels
-            callbacks += [HParams(seed, labels), RunCard(seed, labels), ProgressFile()]
+            run: RunConfig = self._get(self.config_init, "run")
+            callbacks += [HParams(seed, run.labels, run.metrics), RunCard(seed, run.labels), ProgressFile()]
         return [*callbacks, ExportModel(), RunSummary()]
 
     def before_fit(self) -> None:

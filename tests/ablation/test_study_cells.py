@@ -91,6 +91,7 @@ def test_runs_say_all_that_a_fit_needs(tmp_path: Path) -> None:
         *("--model.net.width=64", '--model.optimizer={"lr": 0.1}', "--seed_everything=7"),
         *("--run.root=out/ratio", f"--run.name={run.cell.name}", "--run.version=seed_7"),
         f"--run.labels={json.dumps(labels)}",
+        "--run.metrics=[]",
     ]
 
 
@@ -155,6 +156,16 @@ def test_recipes_are_joined_as_a_fit_joins_them() -> None:
         "pattern": "swa",
     }
     assert below["model"]["net"]["mixers"]["swa"]["window"] == 4
+
+
+def test_runs_are_told_their_labels_and_the_metrics_of_the_study(tmp_path: Path) -> None:
+    study = _study(tmp_path)
+    with_metrics = _study(tmp_path, STUDY + "metrics: [test/b_exact]")
+    (plain, *_), (told, *_) = (runs(one, cells(one)) for one in (study, with_metrics))
+    assert '--run.metrics=["test/b_exact"]' in told.arguments
+    assert any(word.startswith("--run.labels={") for word in told.arguments)
+    assert "--run.metrics=[]" in plain.arguments
+    assert told.key == plain.key  # what is shown changes nothing that a run does
 
 
 labels = st.text(min_size=1, max_size=60).filter(lambda text: text.strip() and text.isprintable())

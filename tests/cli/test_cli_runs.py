@@ -46,8 +46,9 @@ def test_progress_is_in_a_file(run: Path) -> None:
     assert progress["metrics"]["val/exact"] == metrics["metrics"]["val/exact"]
 
 
-def test_labels_are_all_that_hparams_shows(tmp_path: Path) -> None:
+def test_labels_and_metrics_are_all_that_hparams_shows(tmp_path: Path) -> None:
     argv = ["fit", "--config", str(cli_runs.recipe(tmp_path)), "--trainer.max_steps", "1", "--run.test", "false"]
+    argv += ["--run.metrics", '["test/lag_1_exact", "val/loss"]']
     assert main([*argv, "--run.labels", '{"ratio": "1/4", "window": "16"}', "--seed_everything", "3"]) == 0
     folder = tmp_path / "runs" / "tiny" / "version_0"
     assert yaml.safe_load((folder / "config.yaml").read_text())["run"]["labels"] == {"ratio": "1/4", "window": "16"}
@@ -60,6 +61,9 @@ def test_labels_are_all_that_hparams_shows(tmp_path: Path) -> None:
         "window": "16",
         "seed": 3,
     }
+    content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    columns = [info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos]
+    assert columns == ["test/lag_1_exact", "val/loss"]
 
 
 def test_the_saved_recipe_is_resolved_and_repeats_the_run(run: Path, tmp_path: Path) -> None:

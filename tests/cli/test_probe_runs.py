@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from hybridvl.cli import main
 
@@ -29,6 +31,11 @@ def test_a_probe_is_fitted_and_its_slices_are_logged(shared: str, probe: str, sl
     assert {kind for part in slices for kind in kinds if kind.startswith(part)} == kinds
     assert all(any(kind.startswith(part) for kind in kinds) for part in slices)
     assert 0 <= metrics["test/exact"] <= 1
+    events = EventAccumulator(str(min((tmp_path / probe / "version_0").glob("events.*"))))
+    events.Reload()
+    content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    columns = [info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos]
+    assert columns == ["val/loss", "val/token_accuracy", "val/exact", "test/exact"]  # no digits of pages
 
 
 def test_an_impossible_size_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,9 +8,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from hybridvl.data.digits import DigitPages
 from hybridvl.training.base import TrainingModule
 
-DEFAULT_METRICS = ("val/loss", "val/token_accuracy", "val/exact", "test/exact", "test/digit_accuracy")
+_METRICS = ("val/loss", "val/token_accuracy", "val/exact", "test/exact")
+_OF_PAGES = ("test/digit_accuracy",)  # answers of other tasks need not be digits that are read
 
 
 class HParams(Callback):
@@ -22,12 +24,10 @@ class HParams(Callback):
     Args:
         seed: of the run.
         labels: what tells the run from others; empty: the usual settings are shown.
-        metrics: tags of the metrics' columns.
+        metrics: tags of the metrics' columns; empty: the usual ones.
     """
 
-    def __init__(
-        self, seed: object = "", labels: Mapping[str, str] | None = None, metrics: Sequence[str] = DEFAULT_METRICS
-    ) -> None:
+    def __init__(self, seed: object = "", labels: Mapping[str, str] | None = None, metrics: Sequence[str] = ()) -> None:
         self.seed = seed
         self.labels = dict(labels or {})
         self.metrics = tuple(metrics)
@@ -44,7 +44,7 @@ class HParams(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 writer = logger.experiment._get_file_writer()
-                for summary in hparams(values, dict.fromkeys(self.metrics, 0.0)):
+                for summary in hparams(values, dict.fromkeys(self.metrics or _usual_metrics(trainer), 0.0)):
                     writer.add_summary(summary)
 
 
@@ -63,6 +63,11 @@ def settings_of(module: LightningModule) -> dict[str, Any]:
         "weight_decay": optimizer.weight_decay,
         "warmup_steps": optimizer.warmup_steps,
     }
+
+
+def _usual_metrics(trainer: Trainer) -> tuple[str, ...]:
+    task = getattr(trainer.datamodule, "task", None)  # type: ignore[attr-defined]
+    return (*_METRICS, *_OF_PAGES) if isinstance(task, DigitPages) else _METRICS
 
 
 def _plain(value: Any) -> bool | int | float | str:
