@@ -12,7 +12,7 @@ from hybridvl.ablation.cells import Run
 from hybridvl.ablation.records import Claim, RunRecord
 from hybridvl.pipeline.processes import handled_by
 
-Status = Literal["waiting", "running", "elsewhere", "done", "failed", "stopped"]
+Status = Literal["waiting", "running", "elsewhere", "done", "pruned", "failed", "stopped"]
 
 _PAUSE = 1.0  # seconds between two looks at runs that others work on
 
@@ -25,6 +25,7 @@ class Engine:
         records: what stands on disk about each.
         statuses: of each run now; "running" here, or "elsewhere".
         signal: the first signal that has come, if any.
+        ahead: how many runs are still to come that are not known yet, as a search chooses them one after another.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
@@ -32,6 +33,7 @@ class Engine:
         self.records = [RunRecord(run.folder) for run in self.runs]
         self.statuses: list[Status] = ["waiting"] * len(self.runs)
         self.signal: int | None = None
+        self.ahead = 0
         for index, (run, record) in enumerate(zip(self.runs, self.records, strict=True)):
             record.check(run.key)
             if record.state == "done":
@@ -74,4 +76,4 @@ class Onlooker(Engine):
                 self.statuses[index] = "running"
             else:
                 # Stopped, for now: a job may yet go on with it.
-                self.statuses[index] = state if state in ("done", "failed") else "waiting"
+                self.statuses[index] = state if state in ("done", "pruned", "failed") else "waiting"

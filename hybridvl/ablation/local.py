@@ -15,12 +15,13 @@ import torch
 
 from hybridvl.ablation.cells import Run
 from hybridvl.ablation.engine import Engine, Status, Watch
-from hybridvl.ablation.records import Claim, RunRecord
+from hybridvl.ablation.records import Claim, RunRecord, State
 from hybridvl.data.loader import end_with_parent
 from hybridvl.pipeline.processes import Ended, handled_by
 
 _POLL = 0.2  # seconds between two looks at the processes
 _POLL_OTHERS = 2.0  # seconds between two looks at the runs that other processes work on
+_OVER: dict[State, Status] = {"done": "done", "pruned": "pruned"}  # of runs that nobody goes on with
 
 
 @dataclass(frozen=True)
@@ -144,16 +145,18 @@ class LocalEngine(Engine):
 
     def _take(self, index: int) -> Status:
         run, record = self.runs[index], self.records[index]
-        if record.state == "done":
-            return "done"
+        over = _OVER.get(record.state)
+        if over is not None:
+            return over
         claim = Claim.of(record)
         if claim is None:
             return "elsewhere"
         # Another process may have ended it between the look and the claim.
         state = record.state
-        if state == "done" or (state == "failed" and (not self._retry_failed or self.statuses[index] == "elsewhere")):
+        gave_up = state == "failed" and (not self._retry_failed or self.statuses[index] == "elsewhere")
+        if state in _OVER or gave_up:
             claim.release()
-            return "done" if state == "done" else "failed"
+            return _OVER.get(state, "failed")
         record.check(run.key)
         words = record.begin(run.key, run.cell.labels, run.seed, run.arguments)
         if self._stopping():  # since the last look

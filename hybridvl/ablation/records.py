@@ -15,7 +15,7 @@ from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.processes import Ended
 from hybridvl.pipeline.records import read_record, write_record
 
-State = Literal["new", "stopped", "failed", "done"]
+State = Literal["new", "stopped", "failed", "pruned", "done"]
 
 _LAST_BYTES = 20_000  # of a log, in which its last words are looked for
 
@@ -25,7 +25,8 @@ class RunRecord:
     """The files about one run, in its folder and beside it.
 
     Beside the folder VERSION stand VERSION.json (what it was started with), VERSION.log (its output),
-    VERSION.ended.json (how its last process ended) and .VERSION.lock (held while a process works on it).
+    VERSION.ended.json (how its last process ended), .VERSION.lock (held while a process works on it), and, if a search
+    has given it up, VERSION.pruned.json (when and why).
     """
 
     folder: Path
@@ -39,6 +40,11 @@ class RunRecord:
     def ended(self) -> Path:
         """How its last process ended."""
         return self.folder.with_name(f"{self.folder.name}.ended.json")
+
+    @property
+    def pruned(self) -> Path:
+        """When and why a search gave it up; not there for other runs."""
+        return self.folder.with_name(f"{self.folder.name}.pruned.json")
 
     @property
     def log(self) -> Path:
@@ -62,12 +68,15 @@ class RunRecord:
 
     @property
     def state(self) -> State:
-        """ "done" when its fit is through with everything; "failed" when it gave up; "stopped" when it was ended.
+        """ "done" when its fit is through with everything; "failed" when it gave up; "stopped" when it was ended;
+        "pruned" when a search has given it up, however far it came until its process heard of that.
 
         What the fit itself has written decides whether it is done, so that it is so even if nobody was left to see it.
         """
         if not self.started.exists():
             return "new"
+        if self.pruned.exists():
+            return "pruned"
         if "ended" in self.metrics:
             return "done"
         ended = read_record(self.ended)
@@ -76,8 +85,8 @@ class RunRecord:
 
     @property
     def reason(self) -> str:
-        """Why its last process ended without success, for people."""
-        return str(read_record(self.ended).get("reason", ""))
+        """Why it was pruned, or its last process ended without success, for people."""
+        return str(read_record(self.pruned).get("reason") or read_record(self.ended).get("reason", ""))
 
     def check(self, key: str) -> None:
         """Raise ConfigError if the run was started with other settings."""
@@ -116,6 +125,10 @@ class RunRecord:
         """Write how its process ended, and the reason if that was not well."""
         facts = {"status": ended.status, "signal": ended.signal, "reason": self._reason(ended), "ended": _now()}
         write_record(self.ended, facts)
+
+    def prune(self, step: int, value: float, reason: str) -> None:
+        """Write that a search gives it up at an optimizer step, where its metric had a value."""
+        write_record(self.pruned, {"step": step, "value": value, "reason": reason, "pruned": _now()})
 
     def _reason(self, ended: Ended) -> str:
         if not ended.status and "ended" in self.metrics:

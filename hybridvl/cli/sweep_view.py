@@ -16,7 +16,7 @@ from hybridvl.ablation.engine import Engine, Status
 
 _MOST_ROWS = 40
 # In this order where not all have room.
-_SHOWN: tuple[Status, ...] = ("running", "failed", "stopped", "elsewhere", "waiting", "done")
+_SHOWN: tuple[Status, ...] = ("running", "failed", "stopped", "elsewhere", "waiting", "pruned", "done")
 _STYLES = {"done": "green", "failed": "red", "stopped": "yellow", "running": "bold", "elsewhere": "cyan"}
 
 
@@ -87,14 +87,14 @@ class SweepView:
     def summary(self, engine: Engine) -> str:
         """How many runs stand how, and about how long the rest will take."""
         counts = Counter(engine.statuses)
-        parts = [f"{counts['done']} of {len(engine.runs)} done"]
+        parts = [f"{counts['done']} of {len(engine.runs) + engine.ahead} done"]
         parts += [f"{counts[status]} {status}" for status in _SHOWN if counts[status] and status != "done"]
         left = self._left(engine)
         return ", ".join(parts) + ("" if left is None else f"; about {duration(left)} left")
 
     def _changes(self, engine: Engine) -> list[int]:
         """The runs whose status has changed; remembers when they began and how long they took."""
-        before = self._statuses or ["waiting"] * len(engine.runs)
+        before = self._statuses + ["waiting"] * (len(engine.runs) - len(self._statuses))  # a search adds runs
         changed = [index for index, status in enumerate(engine.statuses) if status != before[index]]
         for index in changed:
             if engine.statuses[index] == "running":
@@ -113,8 +113,8 @@ class SweepView:
                 if left is not None:
                     rest += left
                     whole.append(self._clock() - self._began[index] + left)
-        waiting = sum(status == "waiting" for status in engine.statuses)
-        if not whole or not any(status in ("waiting", "running") for status in engine.statuses):
+        waiting = sum(status == "waiting" for status in engine.statuses) + engine.ahead
+        if not whole or not (waiting or any(status == "running" for status in engine.statuses)):
             return None
         rest += waiting * sum(whole) / len(whole)
         return rest / min(self._places, max(1, waiting + sum(status == "running" for status in engine.statuses)))
@@ -137,7 +137,7 @@ class SweepView:
         status, record = engine.statuses[index], engine.records[index]
         found = record.metrics.get("metrics", {}) if status == "done" else {}
         scores = "".join(f"  {tag} {found[tag]:.4f}" for tag in self._metrics if tag in found)
-        why = f"  {record.reason}" if status in ("failed", "stopped") else ""
+        why = f"  {record.reason}" if status in ("pruned", "failed", "stopped") else ""
         return f"{status:9} {_name(engine, index)}{scores}{why}  ({self.summary(engine)})"
 
 

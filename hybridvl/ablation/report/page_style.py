@@ -31,7 +31,7 @@ input[type=search] { font: inherit; padding: 6px 10px; margin-bottom: 10px; widt
 .chip { display: inline-block; padding: 0 9px; border-radius: 999px; font-size: 13px; background: #e8eaee }
 .chip.done, .chip.supported { background: #dcefe6; color: #1d6b4b }
 .chip.failed, .chip.not-supported { background: #f8dfd9; color: #9b2f17 }
-.chip.killed { background: #fbe9d0; color: #8a5a0b }
+.chip.killed, .chip.pruned { background: #fbe9d0; color: #8a5a0b }
 .chip.unfinished, .chip.undecided { background: #ece7f4; color: #55397f }
 ul { margin: 0; padding-left: 20px }
 @media print { .scroll { max-height: none } input, nav { display: none } }

@@ -28,7 +28,7 @@ class Run:
     Attributes:
         folder: of the run; it is not there for a fit that was refused.
         name: its folder as seen from the folder that all runs of a report share.
-        status: "done", "failed", "killed" or "unfinished".
+        status: "done", "pruned", "failed", "killed" or "unfinished".
         reason: why it is not done, for people; "" for one that is.
         seed: of the run; None where nothing says it.
         labels: what it was given to be compared by; empty for runs that were given nothing.
@@ -116,7 +116,8 @@ def read_run(folder: Path, files: Sequence[str], cache: Cache) -> Run:
         return {} if content is None else content.values
 
     config, summary = values(folder / "config.yaml"), values(folder / "metrics.json")
-    start, ended = (values(folder.with_name(f"{folder.name}.{end}")) for end in ("json", "ended.json"))
+    ends = ("json", "ended.json", "pruned.json")
+    start, ended, pruned = (values(folder.with_name(f"{folder.name}.{end}")) for end in ends)
     progress = values(folder / "progress.json")
     parts = []
     for name in sorted(name for name in files if name.startswith(_EVENTS)):
@@ -134,6 +135,8 @@ def read_run(folder: Path, files: Sequence[str], cache: Cache) -> Run:
     has_mark = (folder / "done.json").exists()
     last = max((int(curve.steps[-1]) for curve in curves.values() if len(curve.steps)), default=None)
     status, reason = _status(config, summary, start, ended, {"step": last, **progress}, has_mark)
+    if pruned:
+        status, reason = "pruned", str(pruned.get("reason"))
     return Run(
         folder=folder,
         name="/".join(folder.parts[-2:]),
