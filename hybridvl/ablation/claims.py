@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.mappings import require_known, require_mapping
 
 GROWTH = ("growth/state_bytes", "growth/decode_seconds")
-_PART_KEYS = ("cell", "than", "metric", "chance", "above", "below", "between")
+_PART_KEYS = ("cell", "than", "metric", "chance", "tokens", "above", "below", "between")
 _BOUNDS = "above: NUMBER, below: NUMBER or between: [LOW, HIGH]"
 
 
@@ -22,10 +22,11 @@ class Part:
 
     Attributes:
         cell: labels of the one cell that it is of.
-        metric: a logged one, or one of `GROWTH`: the cost after the most tokens over that after the fewest.
+        metric: a logged one, or one of `GROWTH`: the cost after many tokens over that after few.
         low, high: ends of the range, infinite where it is open.
         than: labels of another cell, whose metric is taken off, seed by seed.
         chance: whether what guessing gets is taken off.
+        tokens: the few and the many of `GROWTH`; None: the fewest and the most that costs are known for.
     """
 
     cell: Mapping[str, str]
@@ -34,6 +35,7 @@ class Part:
     high: float
     than: Mapping[str, str] | None = None
     chance: bool = False
+    tokens: tuple[int, int] | None = None
 
     @property
     def claimed(self) -> str:
@@ -76,6 +78,41 @@ def read_claims(given: Any) -> list[Claim]:
     return found
 
 
+def require_cells(claims: Sequence[Claim], cells: Sequence[Mapping[str, str]], tuned: Collection[str] = ()) -> None:
+    """Raise ConfigError for a claim whose labels do not fit exactly one of the cells.
+
+    Args:
+        claims: as the study states them.
+        cells: labels by axis.
+        tuned: axes of which one value stands for all in the report, so that a claim cannot name them.
+    """
+    left = [{axis: label for axis, label in cell.items() if axis not in tuned} for cell in cells]
+    left = [cell for number, cell in enumerate(left) if cell not in left[:number]]
+    axes = dict.fromkeys(axis for cell in left for axis in cell)
+    for number, claim in enumerate(claims):
+        for key, labels in ((key, labels) for part in claim.parts for key, labels in _cells_of(part)):
+            place = f"claims[{number}].{key}"
+            for axis, label in labels.items():
+                if axis in tuned:
+                    raise ConfigError(f"{place}.{axis}: the axis is tuned; expected {', '.join(axes) or 'no label'}")
+                require_known(f"{place}.", [axis], list(axes))
+                known = list(dict.fromkeys(cell[axis] for cell in left))
+                if label not in known:
+                    names = ", ".join(map(repr, known))
+                    raise ConfigError(f"{place}.{axis}: {label!r} is no label of the axis; its labels are {names}")
+            fitting = [cell for cell in left if labels.items() <= cell.items()]
+            if len(fitting) != 1:
+                names = "; ".join(", ".join(f"{axis}: {label}" for axis, label in cell.items()) for cell in fitting[:4])
+                raise ConfigError(
+                    f"{place}: {dict(labels)} fits {len(fitting)} cells; expected labels that fit one"
+                    + (f", such as {names}" if fitting else ", and that is not excluded")
+                )
+
+
+def _cells_of(part: Part) -> list[tuple[str, Mapping[str, str]]]:
+    return [("cell", part.cell), *([] if part.than is None else [("than", part.than)])]
+
+
 def _part(place: str, given: Any) -> Part:
     values = require_mapping(place, given, f"cell, metric and {_BOUNDS}")
     require_known(f"{place}.", values, _PART_KEYS)
@@ -96,6 +133,8 @@ def _part(place: str, given: Any) -> Part:
         raise ConfigError(f"{place}.{bounds[0]}: {value!r}; expected {_BOUNDS}")
     low, high = -math.inf if bounds == ["below"] else ends[0], math.inf if bounds == ["above"] else ends[1]
     than = values.get("than")
+    if than is not None and metric in GROWTH:
+        raise ConfigError(f"{place}.than: {than!r}; {metric} is of one cell: expected a part for each of the two")
     return Part(
         cell=_labels(f"{place}.cell", values.get("cell")),
         metric=metric,
@@ -103,7 +142,19 @@ def _part(place: str, given: Any) -> Part:
         high=float(high),
         than=None if than is None else _labels(f"{place}.than", than),
         chance=chance,
+        tokens=_tokens(f"{place}.tokens", values.get("tokens"), metric),
     )
+
+
+def _tokens(place: str, given: Any, metric: str) -> tuple[int, int] | None:
+    if given is None:
+        return None
+    if metric not in GROWTH:
+        raise ConfigError(f"{place}: {given!r}; expected none, as only {' and '.join(GROWTH)} are between two lengths")
+    whole = isinstance(given, list) and all(type(number) is int for number in given)
+    if not whole or len(given) != 2 or not 1 <= given[0] < given[1]:
+        raise ConfigError(f"{place}: {given!r}; expected two numbers of tokens, as [1024, 16384]")
+    return given[0], given[1]
 
 
 def _labels(place: str, given: Any) -> dict[str, str]:

@@ -17,6 +17,7 @@ Method = Literal["t", "bootstrap"]
 LEVEL = 0.95
 RESAMPLES = 10_000
 _EXACT = 16  # pairs up to which all 2^n assignments of signs are counted
+_ROUNDING = 1e-9  # of the largest value: what differs by less differs by rounding
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Interval:
     Attributes:
         mean: of the values; NaN when there are none.
         low, high: ends of the interval; NaN for fewer than two values, which say nothing of their spread.
-        deviation: sample standard deviation (n - 1); NaN for fewer than two values.
+        deviation: sample standard deviation (n - 1), 0 where values differ by rounding alone; NaN for fewer than two.
         count: how many values.
     """
 
@@ -48,7 +49,7 @@ class Difference:
 
     Attributes:
         interval: of the mean difference.
-        p: two-sided p value; NaN for fewer than two pairs.
+        p: two-sided p value; NaN for fewer than two pairs, and by Student's t for differences without any spread.
         pairs: what stood in both, in order (seeds).
         differences: of each pair.
     """
@@ -69,15 +70,22 @@ def mean_interval(values: Sequence[float], method: Method = "t", level: float = 
         level: of the interval, between 0 and 1.
     """
     array = np.asarray(values, dtype=np.float64)
-    count = len(array)
-    if count < 2:
-        return Interval(float(array[0]) if count else math.nan, math.nan, math.nan, math.nan, count)
-    mean, deviation = float(array.mean()), float(array.std(ddof=1))
-    if method == "bootstrap":
-        low, high = np.quantile(array[_resamples(count)].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
-        return Interval(mean, float(low), float(high), deviation, count)
-    half = _t_quantile(count - 1, level) * deviation / math.sqrt(count)
-    return Interval(mean, mean - half, mean + half, deviation, count)
+    return _interval(array, method, level, float(np.abs(array).max(initial=0.0)))
+
+
+def share_interval(share: float, count: int, level: float = LEVEL) -> Interval:
+    """The exact interval (Clopper and Pearson, 1934) of a share of the answers of one run: a sample, even where all
+    seeds came to the same.
+
+    Args:
+        share: of right answers, from 0 to 1.
+        count: answers, at least 1.
+        level: of the interval.
+    """
+    right, tail = round(share * count), (1 - level) / 2
+    low = float(special.betaincinv(right, count - right + 1, tail)) if right else 0.0
+    high = float(special.betaincinv(right + 1, count - right, 1 - tail)) if right < count else 1.0
+    return Interval(share, low, high, 0.0, 1)
 
 
 def paired_difference(
@@ -93,8 +101,10 @@ def paired_difference(
         level: of the interval.
     """
     seeds = tuple(sorted(set(values) & set(baseline)))
-    differences = tuple(values[seed] - baseline[seed] for seed in seeds)
-    interval = mean_interval(differences, method, level)
+    scale = max((abs(found[seed]) for seed in seeds for found in (values, baseline)), default=0.0)
+    exact = [values[seed] - baseline[seed] for seed in seeds]
+    differences = tuple(0.0 if abs(difference) <= 1e-12 * scale else difference for difference in exact)
+    interval = _interval(np.asarray(differences, dtype=np.float64), method, level, scale)
     if len(seeds) < 2:
         return Difference(interval, math.nan, seeds, differences)
     p = _sign_flip(np.asarray(differences)) if method == "bootstrap" else _t_test(interval)
@@ -141,9 +151,24 @@ def _t_quantile(freedom: int, level: float) -> float:
     return float(special.stdtrit(freedom, (1 + level) / 2))
 
 
+def _interval(array: NDArray[np.float64], method: Method, level: float, scale: float) -> Interval:
+    """As `mean_interval`. scale: of the values that the array was computed from, to know what is rounding."""
+    count = len(array)
+    if count < 2:
+        return Interval(float(array[0]) if count else math.nan, math.nan, math.nan, math.nan, count)
+    mean, deviation = float(array.mean()), float(array.std(ddof=1))
+    if deviation <= _ROUNDING * scale:
+        return Interval(mean, mean, mean, 0.0, count)
+    if method == "bootstrap":
+        low, high = np.quantile(array[_resamples(count)].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
+        return Interval(mean, float(low), float(high), deviation, count)
+    half = _t_quantile(count - 1, level) * deviation / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half, deviation, count)
+
+
 def _t_test(interval: Interval) -> float:
     if interval.deviation == 0.0:
-        return 1.0 if interval.mean == 0.0 else 0.0
+        return math.nan  # any mean but 0 would be beyond doubt, by a spread that so few values did not show
     t = interval.mean / (interval.deviation / math.sqrt(interval.count))
     return float(2 * special.stdtr(interval.count - 1, -abs(t)))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hybridvl.ablation.axes import OWN, SAYS, Axis, label_of, read_axes, require_references
-from hybridvl.ablation.claims import read_claims
+from hybridvl.ablation.claims import read_claims, require_cells
 from hybridvl.layers.errors import ConfigError, within
 from hybridvl.pipeline.mappings import (
     read_mapping,
@@ -138,7 +138,7 @@ def read_study(path: Path, changes: Mapping[str, str] | None = None) -> Study:
             matches=_matches(filled(content.get("match"), shared)),
             metrics=_metrics(filled(content.get("metrics"), shared)),
             tune=_tune(filled(content.get("tune"), shared), axes),
-            claims=_claims(filled(content.get("claims"), shared), axes),
+            claims=_claims(filled(content.get("claims"), shared)),
         )
         _check_cells(study)
     return study
@@ -251,16 +251,8 @@ def _tune(given: Any, axes: Sequence[Axis]) -> dict[str, str]:
     return found
 
 
-def _claims(given: Any, axes: Sequence[Axis]) -> tuple[Mapping[str, Any], ...]:
-    """Claims whose cells the axes have."""
-    if given is None:
-        return ()
-    for number, claim in enumerate(read_claims(given)):
-        for part in claim.parts:
-            for labels in (part.cell, part.than):
-                if labels is not None:
-                    _labels(f"claims[{number}].cell", labels, axes)
-    return tuple(given)
+def _claims(given: Any) -> tuple[Mapping[str, Any], ...]:
+    return () if given is None else tuple(given if read_claims(given) else ())
 
 
 def _check_cells(study: Study) -> None:
@@ -270,6 +262,8 @@ def _check_cells(study: Study) -> None:
     if not any(study.baseline.items() <= labels.items() for labels in left):
         shown = ", ".join(f"{name}: {label}" for name, label in study.baseline.items())
         raise ConfigError(f"baseline: {{{shown}}} is excluded; expected labels of a cell that is not")
+    if study.claims:
+        require_cells(read_claims(list(study.claims)), left, study.tune)
 
 
 def _count(axes: Sequence[Axis]) -> int:

@@ -14,9 +14,9 @@ from hybridvl.ablation.claims import Claim, read_claims
 from hybridvl.ablation.report.analysis import Analysis, analyse
 from hybridvl.ablation.report.cache import Cache
 from hybridvl.ablation.report.cells import Settings
-from hybridvl.ablation.report.markdown import CLAIM_HEAD, claim_rows, metric_table
 from hybridvl.ablation.report.runs import collect
-from hybridvl.ablation.report.wording import counted, headline
+from hybridvl.ablation.report.tables import CLAIM_HEAD, claim_rows, headline, metric_table
+from hybridvl.ablation.report.wording import counted
 from hybridvl.ablation.report.writing import CACHE, write_report
 from hybridvl.checkpoints.files import usable_path
 from hybridvl.cli.arguments import Arguments

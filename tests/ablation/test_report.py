@@ -13,7 +13,7 @@ import yaml
 from report_runs import recipe, write_run, write_study
 from scipy import stats
 
-from hybridvl.ablation.report.metrics import is_cost
+from hybridvl.ablation.report.metrics import direction, is_cost, metric_label
 from hybridvl.cli import main
 
 VALUES = {"0": [0.42, 0.40, 0.47], "1/4": [0.61, 0.66, 0.70], "1": [0.60, 0.68, 0.69]}
@@ -206,19 +206,33 @@ def test_folders_that_are_none(tmp_path: Path, study: Path, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize(
-    ("metric", "less_is_better"),
+    ("metric", "way", "unit"),
     [
-        ("val/loss", True),
-        ("train/layer_3", True),
-        ("speed/step_s", True),
-        ("memory/peak_rss_mib", True),
-        ("val/glossary_exact", False),
-        ("speed/tokens_per_s", False),
-        ("test/lag_3_4_exact", False),
+        ("val/loss", -1, "nats"),
+        ("val/cross_entropy", -1, "nats"),
+        ("train/layer_3", -1, ""),
+        ("speed/step_s", -1, "s"),
+        ("test/decode_seconds", -1, "s"),
+        ("memory/peak_rss_mib", -1, "MiB"),
+        ("data/skipped", -1, ""),
+        ("val/glossary_exact", 1, "share, 0 to 1"),
+        ("val/loss_exact", 1, "share, 0 to 1"),
+        ("test/lag_3_4_exact", 1, "share, 0 to 1"),
+        ("test/digit_accuracy", 1, "share, 0 to 1"),
+        ("test/inexact", 1, ""),
+        ("speed/tokens_per_s", 1, "tokens/s"),
+        ("speed/samples_per_s", 1, "samples/s"),
+        ("val/megabytes", 1, ""),
+        ("train/gradient_norm", 0, ""),
+        ("state_norm/layer_03", 0, ""),
+        ("train/lr", 0, ""),
     ],
 )
-def test_of_which_metrics_less_is_better(metric: str, less_is_better: bool) -> None:
-    assert is_cost(metric) is less_is_better
+def test_which_way_is_better_and_the_unit(metric: str, way: int, unit: str) -> None:
+    """By whole words of a metric's name."""
+    assert direction(metric) == way
+    assert is_cost(metric) is (way < 0)
+    assert metric_label(metric) == (f"{metric} ({unit})" if unit else metric)
 
 
 def test_runs_of_several_studies_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

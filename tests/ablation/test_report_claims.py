@@ -102,12 +102,42 @@ def test_states_that_grow_and_states_that_do_not(tmp_path: Path) -> None:
     assert flat.verdict == grows.verdict == "supported"
     assert grows.findings[0].quantity == f"{metric} of mixer=full, from 128 to 64K tokens"
     assert grows.findings[0].interval.mean == pytest.approx(512, rel=0.01)  # the window's tokens aside
-    assert (timed.verdict, timed.findings[0].reason) == ("undecided", "not measured, see --latency")
-    measured = only(
-        tmp_path, {"cell": {"mixer": "full"}, "metric": "growth/decode_seconds", "above": 0.001}, measured=(8, 64)
-    )
+    assert grows.findings[0].basis == "counted, exact"
+    assert timed.verdict == "undecided"
+    assert timed.findings[0].reason.startswith("not measured; expected --latency with two numbers of tokens")
+    claim = {"cell": {"mixer": "full"}, "metric": "growth/decode_seconds", "above": 0.001}
+    measured = only(tmp_path, claim, measured=(8, 64, 32))
     assert measured.interval.count == 5
     assert measured.quantity == "growth/decode_seconds of mixer=full, from 8 to 64 tokens"
+    assert measured.basis.startswith("5 blocks of timings of one model here")
+
+
+def test_growth_between_lengths_that_the_claim_names(tmp_path: Path) -> None:
+    config = recipe(0, {"mixer": "full"}, "full*3")
+    config["model"]["net"]["mixers"]["full"] = {"heads": 2, "kv_heads": 2, "head_dim": 16}
+    write_run(tmp_path / "full" / "seed_0", config, {"test/exact": 0.5})
+    claim = {"cell": {"mixer": "full"}, "tokens": [64, 192], "between": [2.9, 3.1]}
+    state = only(tmp_path, {**claim, "metric": "growth/state_bytes"})
+    assert state.interval.mean == pytest.approx(3, rel=0.001)
+    assert state.quantity == "growth/state_bytes of mixer=full, from 64 to 192 tokens"
+    assert state.verdict == "supported"
+    time = {**claim, "metric": "growth/decode_seconds", "between": [0.001, 1000]}
+    for measured, reason in {
+        (): "not measured; expected --latency with 64 192",
+        (64,): "measured after 64 tokens alone; expected --latency with 64 192",
+        (8, 192): "measured after 8 and 192 tokens alone; expected --latency with 64 192",
+    }.items():
+        assert (only(tmp_path, time, measured).verdict, only(tmp_path, time, measured).reason) == ("undecided", reason)
+    assert only(tmp_path, time, (8, 64, 192)).verdict == "supported"
+
+
+def test_one_length_says_nothing_of_growth(tmp_path: Path) -> None:
+    """The time after 64 tokens over the time after 64 tokens is 1 in every block."""
+    write_run(tmp_path / "a" / "seed_0", recipe(0, {"mixer": "a"}), {"test/exact": 0.5})
+    claim = {"cell": {"mixer": "a"}, "metric": "growth/decode_seconds", "between": [0.9, 1.1]}
+    finding = only(tmp_path, claim, measured=(64,))
+    assert finding.verdict == "undecided"
+    assert finding.reason.startswith("measured after 64 tokens alone; expected --latency with two numbers of tokens")
 
 
 def test_beyond_guessing(tmp_path: Path) -> None:
@@ -123,11 +153,86 @@ def test_beyond_guessing(tmp_path: Path) -> None:
 
 
 def test_too_little_to_decide(study: Path, tmp_path: Path) -> None:
-    write_study(tmp_path / "one", {"0": [0.5], "1": [0.6]})
+    """Two seeds may be near each other by chance."""
+    write_study(tmp_path / "two", {"0": [0.51, 0.5], "1": [0.6, 0.7]})
     claim = {"cell": {"ratio": "0"}, "metric": "test/exact", "above": 0}
-    assert only(tmp_path / "one", claim).reason == "fewer than two seeds are done"
-    assert only(tmp_path / "one", {**claim, "than": {"ratio": "1"}}).reason == "fewer than two pairs of seeds are done"
+    finding = only(tmp_path / "two", claim)
+    assert (finding.verdict, finding.basis) == ("undecided", "2 seeds")
+    assert finding.reason == "expected at least 3 seeds; 2 of 2 runs are done"
+    paired = only(tmp_path / "two", {**claim, "than": {"ratio": "1"}})
+    assert (paired.verdict, paired.basis) == ("undecided", "2 pairs of seeds")
+    assert paired.reason == (
+        "expected at least 3 seeds of both cells; 2 of 2 runs of ratio=0 are done; 2 of 2 runs of ratio=1 are done"
+    )
     assert only(study, {**claim, "chance": True}).reason == "it is not known how far guessing gets"
+
+
+def test_cells_whose_runs_have_failed(study: Path) -> None:
+    """They are cells like others, and their claims say what became of the runs."""
+    for seed in range(3):
+        (study / "ratio=0" / f"seed_{seed}" / "metrics.json").unlink()
+        ended = {"status": 1, "signal": None, "reason": "the loss is nan", "ended": "2026-01-01T00:00:00+00:00"}
+        (study / "ratio=0" / f"seed_{seed}.ended.json").write_text(json.dumps(ended))
+    claim = {"cell": {"ratio": "0"}, "metric": "test/exact", "above": 0}
+    alone, paired = judged(study, claim, {**claim, "cell": {"ratio": "1"}, "than": {"ratio": "0"}})
+    assert (alone.verdict, paired.verdict) == ("undecided", "undecided")
+    assert alone.findings[0].reason == "expected at least 3 seeds; 0 of 3 runs are done, 3 failed"
+    assert paired.findings[0].reason.endswith("0 of 3 runs of ratio=0 are done, 3 failed")
+
+
+def test_what_is_decided_by_the_runs_that_are_left_says_so(study: Path) -> None:
+    write_run(study / "ratio=0" / "seed_3", recipe(3, {"ratio": "0"}))
+    finding = only(study, {"cell": {"ratio": "0"}, "metric": "test/exact", "below": 0.9})
+    assert (finding.verdict, finding.basis) == ("supported", "3 seeds of 4 runs: 1 unfinished")
+
+
+def test_a_metric_that_the_runs_of_the_cell_have_not_logged(study: Path) -> None:
+    for seed in range(3):
+        write_run(study / "ratio=1" / f"seed_{seed}", recipe(seed, {"ratio": "1"}), {"test/lag_1_exact": 0.5})
+    finding = only(study, {"cell": {"ratio": "0"}, "metric": "test/lag_1_exact", "below": 0.9})
+    assert finding.reason == "expected at least 3 seeds; 0 of the runs that are done logged it"
+
+
+def test_seeds_without_spread_decide_nothing(tmp_path: Path) -> None:
+    """Of three equal values the spread is not known to be 0."""
+    study = write_study(tmp_path / "ratio", {"0": [0.5, 0.5, 0.5], "1": [0.1 + 0.2, 0.3, 0.3], "2": [0.6, 0.7, 0.8]})
+    claim = {"metric": "test/exact", "above": 0.1}
+    for cell, reason in (({"ratio": "0"}, "no spread: all seeds came to 0.5"), ({"ratio": "1"}, "no spread: all")):
+        finding = only(study, {**claim, "cell": cell})
+        assert finding.verdict == "undecided"
+        assert finding.reason.startswith(reason)
+    paired = only(study, {**claim, "cell": {"ratio": "0"}, "than": {"ratio": "1"}})
+    assert (paired.verdict, paired.reason) == ("undecided", "no spread: all pairs differ by 0.2")
+
+
+def probes(folder: Path, values: dict[str, list[float]], trainer: dict[str, Any] | None = None) -> Path:
+    """Runs that were tested on 40 questions of frame recall."""
+    path = "hybridvl.data.probes.frame_recall.FrameRecall"
+    for mixer, shares in values.items():
+        for seed, share in enumerate(shares):
+            config = recipe(seed, {"mixer": mixer})
+            config["data"]["task"] = {"class_path": path, "init_args": {"frames": 4, "test_streams": 40}}
+            config["trainer"] = trainer or {}
+            write_run(folder / mixer / f"seed_{seed}", config, {"test/exact": share})
+    return folder
+
+
+def test_all_answers_right_in_all_seeds(tmp_path: Path) -> None:
+    """Then the answers of one run are the sample: by how many there are it is decided."""
+    runs = probes(tmp_path / "runs", {"full": [1.0] * 3, "hybrid": [1.0] * 3, "gdn": [0.2, 0.3, 0.4]})
+    low = stats.binomtest(40, 40).proportion_ci(method="exact").low
+    claim = {"cell": {"mixer": "full"}, "metric": "test/exact"}
+    for bound, verdict in ((0.9, "supported"), (0.95, "undecided")):
+        finding = only(runs, {**claim, "above": bound})
+        assert (finding.interval.low, finding.interval.high) == (pytest.approx(low), 1.0)
+        assert finding.verdict == verdict
+    beyond = only(runs, {**claim, "chance": True, "above": 0.8})
+    assert (beyond.interval.low, beyond.verdict) == (pytest.approx(low - 0.1), "supported")
+    same = only(runs, {**claim, "than": {"mixer": "hybrid"}, "between": [-0.1, 0.1]})
+    assert (same.interval.low, same.interval.high) == pytest.approx((low - 1, 1 - low))
+    assert same.verdict == "supported"
+    other = probes(tmp_path / "limited", {"full": [1.0] * 3}, {"limit_test_batches": 2})
+    assert only(other, {**claim, "above": 0.5}).reason == "no spread: all seeds came to 1"
 
 
 def test_the_report_states_them(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,10 +289,55 @@ def test_the_claims_of_a_study_file(tmp_path: Path) -> None:
     assert list(study.claims) == claims
     assert yaml.safe_load(record_study(study).read_text())["claims"] == claims
     record_study(read_study(path))  # the same again
-    claims[0]["cell"]["ratio"] = "1/3"
+
+
+AXES = {"ratio": ["0", "1/2"], "window": [8, 32], "lr": [0.1, 0.2]}
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"ratio": "1/3", "window": 8}, r"claims[0].cell.ratio: '1/3' is no label of the axis; its labels are '0', "),
+        ({"ratoi": "0"}, "claims[0].cell.ratoi: unknown key, did you mean 'ratio'?"),
+        ({"ratio": "0"}, "claims[0].cell: {'ratio': '0'} fits 2 cells; expected labels that fit one, such as ratio: 0"),
+        ({"ratio": "1/2", "window": 32}, "fits 0 cells; expected labels that fit one, and that is not excluded"),
+        ({"ratio": "0", "window": 8, "lr": 0.1}, "claims[0].cell.lr: the axis is tuned; expected ratio, window"),
+        ({"ratio": "0", "window": 8}, None),
+        ({"window": 32}, None),
+    ],
+)
+def test_the_cells_that_claims_of_a_study_name(tmp_path: Path, labels: dict[str, Any], message: str | None) -> None:
+    """They are told before anything is trained: a label that is none, and labels of several cells or of none."""
+    (tmp_path / "recipe.yaml").write_text("model: {net: {pattern: gdn}}\n")
+    content: dict[str, Any] = {
+        "name": "mini",
+        "recipe": "recipe.yaml",
+        "axes": {name: {"key": f"model.net.{name}", "values": values} for name, values in AXES.items()},
+        "exclude": [{"ratio": "1/2", "window": 32}],
+        "tune": {"lr": "val/loss"},
+        "claims": [{"claim": "A", "cell": labels, "metric": "test/exact", "above": 0}],
+    }
+    path = tmp_path / "study.yaml"
     path.write_text(yaml.safe_dump(content))
-    with pytest.raises(ConfigError, match=r"claims\[0\]\.cell\.ratio: '1/3' is no label of the axis"):
+    if message is None:
+        assert len(read_study(path).claims) == 1
+        return
+    with pytest.raises(ConfigError) as refused:
         read_study(path)
+    assert message in str(refused.value)
+
+
+def test_mistakes_in_claims_are_named_when_all_runs_are_done(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    described = yaml.safe_load((study / "study.yaml").read_text())
+    claim = {"claim": "Typing error.", "cell": {"ratio": "0"}, "metric": "test/exat", "above": 0}
+    described |= {"claims": [claim], "seeds": [0, 1, 2]}
+    (study / "study.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
+    wanted = "warning: claim 'Typing error.': 'test/exat': no run logged it; did you mean 'test/exact'?"
+    assert main(["report", str(study)]) == 0
+    assert wanted in capsys.readouterr().err
+    (study / "study.yaml").write_text(yaml.safe_dump({**described, "seeds": [0, 1, 2, 3]}, sort_keys=False))
+    assert main(["report", str(study)]) == 0  # runs are to come that may log it
+    assert "warning" not in capsys.readouterr().err
 
 
 PART = {"cell": {"ratio": "0"}, "metric": "test/exact", "above": 0}
@@ -213,6 +363,11 @@ PART = {"cell": {"ratio": "0"}, "metric": "test/exact", "above": 0}
         ([{"claim": "A", "cell": {}, "metric": "m", "between": [2, 1]}], "claims[0].between: [2, 1]; expected above"),
         ([{"claim": "A", **PART, "metric": 3}], "claims[0].metric: 3; expected the tag of a metric"),
         ([{"claim": "A", **PART, "chance": "yes"}], "claims[0].chance: 'yes'; expected true or false"),
+        ([{"claim": "A", **PART, "tokens": [1, 2]}], "claims[0].tokens: [1, 2]; expected none, as only growth/state_b"),
+        (
+            [{"claim": "A", **PART, "metric": "growth/state_bytes", "tokens": [64, 8]}],
+            "claims[0].tokens: [64, 8]; expected two numbers of tokens, as [1024, 16384]",
+        ),
     ],
 )
 def test_claims_that_say_nothing(claims: Any, message: str) -> None:
@@ -233,7 +388,7 @@ def test_claims_that_say_nothing(claims: Any, message: str) -> None:
         ({**PART, "metric": "test/exakt"}, "claims[0]: 'test/exakt': no run logged it; did you mean 'test/exact'?"),
         (
             {**PART, "metric": "growth/state_bytes", "than": {"ratio": "1"}},
-            "claims[0]: than: {'ratio': '1'}; growth/state_bytes is of one cell",
+            "claims[0].than: {'ratio': '1'}; growth/state_bytes is of one cell: expected a part for each of the two",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from hybridvl.ablation.statistics import holm, mean_interval, paired_difference, pareto_front
+from hybridvl.ablation.statistics import holm, mean_interval, paired_difference, pareto_front, share_interval
 
 # Student's sleep data: extra hours of sleep of ten patients with each of two drugs.
 FIRST = (0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0)
@@ -119,9 +119,33 @@ def test_too_few_values_have_no_interval() -> None:
 
 
 def test_differences_without_spread() -> None:
+    """They have no t; that signs are all the same is something all the same."""
     zeros = dict.fromkeys(range(3), 0.0)
-    assert paired_difference(zeros, zeros).p == 1.0
-    assert paired_difference(dict.fromkeys(range(3), 0.5), zeros).p == 0.0
+    for other, flipped in ((zeros, 1.0), (dict.fromkeys(range(3), 0.5), 0.25)):
+        found = paired_difference(other, zeros)
+        assert math.isnan(found.p)
+        assert found.interval.low == found.interval.mean == found.interval.high == other[0]
+        assert paired_difference(other, zeros, "bootstrap").p == flipped
+
+
+def test_differences_that_differ_by_rounding_have_no_spread() -> None:
+    """0.3 - 0.2, 0.4 - 0.3 and 0.9 - 0.8 are three numbers in floats, and three times 0.1."""
+    found = paired_difference({0: 0.3, 1: 0.4, 2: 0.9}, {0: 0.2, 1: 0.3, 2: 0.8})
+    assert len(set(found.differences)) > 1
+    assert found.interval.deviation == 0.0
+    assert math.isnan(found.p)
+    nothing = paired_difference({0: 0.1 + 0.2, 1: 0.5, 2: 0.7}, {0: 0.3, 1: 0.5, 2: 0.7})
+    assert nothing.differences == (0.0, 0.0, 0.0)
+    assert paired_difference({0: 0.1 + 0.2, 1: 0.5}, {0: 0.3, 1: 0.5}, "bootstrap").p == 1.0
+
+
+@given(st.integers(1, 400), st.data(), st.sampled_from([0.9, 0.95]))
+def test_the_interval_of_a_share_is_scipy_s_exact_one(count: int, data: st.DataObject, level: float) -> None:
+    right = data.draw(st.integers(0, count))
+    found = share_interval(right / count, count, level)
+    expected = stats.binomtest(right, count).proportion_ci(level, method="exact")
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert found.mean == right / count
 
 
 p_values = st.lists(st.floats(0, 1), min_size=1, max_size=6)

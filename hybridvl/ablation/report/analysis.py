@@ -124,15 +124,19 @@ def analyse(
         notes += [f"{name}: no run logged it yet" for name in named if name not in logged]
     with within("--metrics" if metrics else ""):
         shown = chosen_metrics(runs, wanted)
-    for study in collected.studies:
-        notes += _not_started(study, runs)
+    missing = [line for study in collected.studies for line in _not_started(study, runs)]
+    notes += missing
     if not shown:
         notes.append("no run has logged any metric yet")
     warnings = list(collected.problems)
     warnings += [f"{run.folder}: {problem}" for run in runs for problem in run.problems]
-    costs = cell_costs(cells, context, measured)
-    verdicts = judge(claims, runs, cells, costs, settings)
     own = [claim for study in collected.studies if study.get("claims") for claim in read_claims(study["claims"])]
+    counted = [length for claim in (*own, *claims) for part in claim.parts for length in part.tokens or ()]
+    costs = cell_costs(cells, context, measured, counted)
+    verdicts = judge(claims, runs, cells, costs, settings)
+    judged = judge(own, runs, cells, costs, settings, unfinished=True)
+    if not missing and all(run.status in (DONE, "failed") for run in runs):
+        warnings += _mistakes(judged)
     return Analysis(
         runs=runs,
         cells=cells,
@@ -142,7 +146,7 @@ def analyse(
         logged=logged,
         results={name: compare_metric(cells, name, baselines, settings) for name in logged},
         costs=costs,
-        claims=[*judge(own, runs, cells, costs, settings, unfinished=True), *verdicts],
+        claims=[*judged, *verdicts],
         notes=notes,
         warnings=warnings,
     )
@@ -183,6 +187,11 @@ def _not_started(study: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
         return []
     shown = "; ".join(missing[:_MISSING_SHOWN]) + ("; and others" if len(missing) > _MISSING_SHOWN else "")
     return [f"study {study.get('name')}: {len(missing)} of {len(labels) * len(seeds)} runs were not started: {shown}"]
+
+
+def _mistakes(judged: Sequence[Judged]) -> list[str]:
+    """What claims name that is not there and will not come any more."""
+    return [f"claim {claim.text!r}: {found.reason}" for claim in judged for found in claim.findings if found.mistake]
 
 
 def _refuse_mixed(cells: Sequence[Cell]) -> None:

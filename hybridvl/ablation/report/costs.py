@@ -26,7 +26,7 @@ from hybridvl.plan.costs import CONTEXTS, Plan, plan_model
 _CONTEXT = 1024  # tokens, where runs do not say how long their samples may be
 _DECODE = "decode_seconds"  # a metric of this name, of any stage, is a measured time of a decode step
 _ROUNDS = 5
-BLOCKS = 5
+_BLOCKS = 5
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class Costs:
         decode_seconds: time of one more token: what the runs logged, or else what was measured after the most tokens.
         growth: bytes of state by tokens.
         latency: measured seconds of one more token by tokens.
-        latency_growth: what it is after the most tokens over what it is after the fewest, in each of the blocks of
-            rounds that were measured.
+        latency_blocks: the same in each of the blocks of rounds that were measured.
     """
 
     parameters: int | None
@@ -54,16 +53,19 @@ class Costs:
     decode_seconds: float | None = None
     growth: Mapping[int, int] = field(default_factory=dict)
     latency: Mapping[int, float] = field(default_factory=dict)
-    latency_growth: tuple[float, ...] = ()
+    latency_blocks: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
 
-def cell_costs(cells: Sequence[Cell], context: int | None = None, measured: Sequence[int] = ()) -> list[Costs]:
+def cell_costs(
+    cells: Sequence[Cell], context: int | None = None, measured: Sequence[int] = (), counted: Sequence[int] = ()
+) -> list[Costs]:
     """The costs of every cell, by its first run whose model is known; each distinct model is looked at once.
 
     Args:
         cells: all of them.
         context: tokens for which costs are counted; None takes the longest sample that any run allows.
         measured: tokens after which a decode step is timed, here and now; none: nothing is.
+        counted: further tokens for which bytes of state are counted.
     """
     runs = [run for cell in cells for run in cell.runs]
     context = context or max((_max_tokens(run) for run in runs), default=0) or _CONTEXT
@@ -75,7 +77,7 @@ def cell_costs(cells: Sequence[Cell], context: int | None = None, measured: Sequ
         keys.append(None if found is None else (found[0], recipe_dtype(found[1].config)))
     used = {key for key, _ in filter(None, keys)}
     configs = {key: config for key, config in known.items() if config is not None and key in used}
-    contexts = sorted({*CONTEXTS, context, *measured})
+    contexts = sorted({*CONTEXTS, context, *measured, *counted})
     plans = {pair: plan_model(configs[pair[0]], contexts, pair[1]) for pair in set(filter(None, keys))}
     times = decode_seconds(configs, measured) if measured else {}
     return [
@@ -89,7 +91,7 @@ def cell_costs(cells: Sequence[Cell], context: int | None = None, measured: Sequ
 def decode_seconds(configs: Mapping[str, ModelConfig], contexts: Sequence[int]) -> dict[str, dict[int, list[float]]]:
     """Seconds of a decode step of each model after so many tokens, on the CPU in float32.
 
-    For each of `BLOCKS` blocks the shortest of some rounds in which all models take turns: whatever else runs on the
+    For each of some blocks the shortest of some rounds in which all models take turns: whatever else runs on the
     machine only adds. Times do not depend on weights or on what was read, so models are fresh and states are noise.
     """
     models = {key: VisionLanguageModel(dataclasses.replace(config, vision=None)) for key, config in configs.items()}
@@ -98,12 +100,12 @@ def decode_seconds(configs: Mapping[str, ModelConfig], contexts: Sequence[int]) 
     sides = [Side(name, _decode(models[key].eval(), n)) for name, (key, n) in places.items()]
     gc.freeze()  # each round begins with a collection, which is to look at what the rounds have made alone
     try:
-        rounds = interleave(sides, BLOCKS * _ROUNDS, warmup=1, measure=timer("cpu"))
+        rounds = interleave(sides, _BLOCKS * _ROUNDS, warmup=1, measure=timer("cpu"))
     finally:
         gc.unfreeze()
     found: dict[str, dict[int, list[float]]] = {key: {} for key in models}
     for name, (key, n) in places.items():
-        found[key][n] = [min(rounds[name][block::BLOCKS]) for block in range(BLOCKS)]
+        found[key][n] = [min(rounds[name][block::_BLOCKS]) for block in range(_BLOCKS)]
     return found
 
 
@@ -155,7 +157,7 @@ def _costs(
         decode_seconds=seconds,
         growth={tokens: plan.state_bytes(tokens) for tokens in contexts},
         latency=latency,
-        latency_growth=tuple(b / a for a, b in zip(times[min(times)], times[max(times)], strict=True)) if times else (),
+        latency_blocks=times,
     )
 
 

@@ -16,7 +16,8 @@ from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.cells import Cell
 from hybridvl.ablation.report.events import Curve
 from hybridvl.ablation.report.guessing import guessing
-from hybridvl.ablation.report.naming import cell_names, is_share, metric_label, shown_cells
+from hybridvl.ablation.report.metrics import is_share, metric_label
+from hybridvl.ablation.report.naming import cell_names, shown_cells
 from hybridvl.ablation.report.slices import Slices, slices_of
 from hybridvl.ablation.report.style import (
     COLOURS,

@@ -1,4 +1,4 @@
-"""What pictures call cells and metrics, and which cells they have room for."""
+"""What pictures call cells, and which cells they have room for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 from hybridvl.ablation.report.analysis import Analysis
-from hybridvl.ablation.report.metrics import is_cost
+from hybridvl.ablation.report.metrics import direction
 from hybridvl.ablation.report.style import plain
 
 _NAME_WIDTH = 44  # characters of a name in a picture
@@ -33,20 +33,6 @@ def shown_cells(analysis: Analysis, metric: str, most: int) -> tuple[list[int], 
     found = [index for index, result in enumerate(results) if result.values]
     if len(found) <= most:
         return found, ""
-    sign = 1 if is_cost(metric) else -1
-    best = sorted(found, key=lambda index: sign * results[index].interval.mean)[:most]
-    return sorted(best), f"the {most} best of {len(found):,} cells"
-
-
-def metric_label(metric: str) -> str:
-    """A metric with its unit, as far as its name tells."""
-    if is_share(metric):
-        return f"{metric} (share, 0 to 1)"
-    units = {"seconds": "s", "step_s": "s", "bytes": "B", "tokens_per_s": "tokens/s", "loss": "nats", "entropy": "nats"}
-    unit = next((unit for word, unit in units.items() if metric.endswith(word)), "")
-    return f"{metric} ({unit})" if unit else metric
-
-
-def is_share(metric: str) -> bool:
-    """Whether a metric is a share of right answers."""
-    return metric.endswith(("exact", "accuracy"))
+    better = direction(metric)
+    best = sorted(found, key=lambda index: -better * results[index].interval.mean)[:most]
+    return sorted(best), f"the {most} {'best' if better else 'first'} of {len(found):,} cells"

@@ -8,22 +8,24 @@ from html import escape
 
 from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.figures import Picture
-from hybridvl.ablation.report.markdown import (
+from hybridvl.ablation.report.metrics import is_cost
+from hybridvl.ablation.report.page_style import SCRIPT, STYLE
+from hybridvl.ablation.report.runs import DONE
+from hybridvl.ablation.report.tables import (
     CLAIM_HEAD,
     CLAIM_SENTENCE,
     COST_HEAD,
     claim_rows,
     cost_rows,
     cost_sentence,
+    headline,
+    method,
     metric_table,
 )
-from hybridvl.ablation.report.metrics import is_cost
-from hybridvl.ablation.report.page_style import SCRIPT, STYLE
-from hybridvl.ablation.report.runs import DONE
 from hybridvl.ablation.report.verdicts import NOT_SUPPORTED, SUPPORTED, UNDECIDED
-from hybridvl.ablation.report.wording import UNKNOWN, headline, method, number, with_interval
+from hybridvl.ablation.report.wording import UNKNOWN, number, with_interval
 
-_CHIPS = (DONE, "failed", "killed", "unfinished", SUPPORTED, NOT_SUPPORTED, UNDECIDED)
+_CHIPS = (DONE, "pruned", "failed", "killed", "unfinished", SUPPORTED, NOT_SUPPORTED, UNDECIDED)
 _LONG = 44  # characters; longer texts are cut by the page's style and shown whole under the mouse
 _SCALE = 0.62  # of the pictures, which have more pixels than most screens
 _FACTS = ("steps", "tokens", "seconds")

@@ -12,8 +12,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.guessing import guessing
-from hybridvl.ablation.report.metrics import is_cost
-from hybridvl.ablation.report.naming import cell_names, is_share, metric_label, shown_cells
+from hybridvl.ablation.report.metrics import direction, is_cost, is_share, metric_label
+from hybridvl.ablation.report.naming import cell_names, shown_cells
 from hybridvl.ablation.report.style import (
     COLOURS,
     FAINT,
@@ -77,10 +77,11 @@ def draw_differences(analysis: Analysis, metric: str) -> Figure | None:
     made, axes, _ = _rows(analysis, [index for index, _, _ in rows])
     axes.axvline(0, color=INK, linewidth=1)
     texts, values, ends = [], [0.0], []
-    better = -1 if is_cost(metric) else 1
+    better = direction(metric)
     for row, (_, difference, p) in enumerate(rows):
         interval = difference.interval
-        colour = FAINT if not p < _SIGNIFICANT else COLOURS[2] if better * interval.mean > 0 else COLOURS[1]
+        told = COLOURS[0] if not better else COLOURS[2] if better * interval.mean > 0 else COLOURS[1]
+        colour = told if p < _SIGNIFICANT else FAINT
         _marks(axes, row, interval, difference.differences, colour)
         texts.append(with_interval(interval, "+") + ("" if math.isnan(p) else f"  p {probability(p)}"))
         values += difference.differences
@@ -89,7 +90,8 @@ def draw_differences(analysis: Analysis, metric: str) -> Figure | None:
     _right_texts(axes, texts)
     baseline = ", ".join(f"{key}={value}" for key, value in analysis.settings.baseline.items())
     axes.set_xlabel(plain(f"{metric}, minus that of {baseline}"), color=INK, fontsize=9.5)
-    how = f"rings: pairs of one seed; bar: {_level(analysis)}; green better, red worse (p < 0.05 by Holm), grey unclear"
+    clear = "green better, red worse" if better else "blue different"
+    how = f"rings: pairs of one seed; bar: {_level(analysis)}; {clear} (p < {_SIGNIFICANT} by Holm), grey unclear"
     _heading(made, f"Differences of {metric} to {baseline}", only, how)
     return made
 

@@ -1,160 +1,94 @@
-"""The report for programs: one row a run, one row a cell and metric, and everything as JSON."""
+"""The tables of a report and the sentences beside them, as texts for the terminal, for Markdown and for the page."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
-
 from hybridvl.ablation.report.analysis import Analysis
-from hybridvl.ablation.report.cells import Result
-from hybridvl.ablation.report.runs import Run
-from hybridvl.ablation.statistics import Interval
+from hybridvl.ablation.report.verdicts import FEWEST
+from hybridvl.ablation.report.wording import UNKNOWN, counted, number, probability, with_interval
+from hybridvl.plan.units import tokens, with_prefix
 
-_COSTS = ("parameters", "flops", "decode_flops", "state_bytes", "context", "decode_seconds")
-_FACTS = ("pattern", "parameters", "trainable_parameters", "steps", "tokens", "samples", "seconds")
-
-
-def runs_csv(analysis: Analysis) -> str:
-    """One row a run: where, its cell, labels and seed, how it ended, what it cost, and every metric."""
-    labels = _label_keys(analysis)
-    head = ["run", "cell", *(f"label {key}" for key in labels), "seed", "status", "reason", "counts", *_FACTS]
-    rows = []
-    for cell in analysis.cells:
-        used = {id(run) for run in cell.used.values()}
-        for run in cell.runs:
-            facts = [run.facts.get(key, "") for key in _FACTS]
-            own = [cell.labels.get(key, "") for key in labels]
-            seed = "" if run.seed is None else run.seed
-            ends = [seed, run.status, run.reason, "yes" if id(run) in used else "no"]
-            metrics = [run.metrics.get(name, "") for name in analysis.logged]
-            rows.append([str(run.folder), cell.name, *own, *ends, *facts, *metrics])
-    return _csv([*head, *analysis.logged], rows)
+CLAIM_HEAD = ("claim, and what it rests on", "claimed", "found", "over", "verdict")
+CLAIM_SENTENCE = (
+    "A part is supported when its whole interval is in the range that is claimed, not supported when no point of it is "
+    f"there, else undecided, as it is with fewer than {FEWEST} seeds and without any spread; a claim "
+    "is supported when all of its parts are, and not supported when one of them is not."
+)
+COST_HEAD = ("cell", "parameters", "FLOPs per token", "FLOPs of a decode step", "state", "decode step")
 
 
-def cells_csv(analysis: Analysis) -> str:
-    """One row a cell and metric: seeds, mean and interval, difference to the baseline with its test, costs."""
-    labels = _label_keys(analysis)
-    head = ["cell", *(f"label {key}" for key in labels), "metric", "runs", *_result_row(None)]
-    rows = []
-    for name in analysis.logged:
-        for cell, result, cost in zip(analysis.cells, analysis.results[name], analysis.costs, strict=True):
-            if result.values:
-                own = [cell.labels.get(key, "") for key in labels]
-                spent = [_plain(getattr(cost, key)) for key in _COSTS]
-                rows.append([cell.name, *own, name, len(cell.runs), *_result_row(result).values(), *spent])
-    return _csv([*head, *_COSTS], rows)
+def headline(analysis: Analysis) -> str:
+    """ "24 runs in 8 cells: 22 done, 2 failed"."""
+    statuses = ", ".join(f"{count:,} {status}" for status, count in analysis.statuses.items())
+    return f"{counted(len(analysis.runs), 'run')} in {counted(len(analysis.cells), 'cell')}: {statuses}"
 
 
-def to_json(analysis: Analysis, figures: Sequence[str] = ()) -> str:
-    """Everything. NaN, where too few runs say nothing, is null."""
-    cells = []
-    for index, cell in enumerate(analysis.cells):
-        results = {name: _result(analysis.results[name][index]) for name in analysis.logged}
-        baseline = analysis.baselines[index]
-        cells.append(
-            {
-                "name": cell.name,
-                "labels": dict(cell.labels),
-                "runs": [str(run.folder) for run in cell.runs],
-                "baseline": None if baseline is None else analysis.cells[baseline].name,
-                "costs": asdict(analysis.costs[index]),
-                "metrics": {name: result for name, result in results.items() if result["values"]},
-            }
+def method(analysis: Analysis) -> str:
+    """How intervals and tests were made, as sentences."""
+    settings = analysis.settings
+    level = f"{100 * settings.level:g} %"
+    how = "by Student's t" if settings.interval == "t" else "by the bootstrap (percentiles of 10,000 resamples)"
+    said = f"Means over seeds with {level} intervals {how}."
+    if settings.baseline and any(index is not None for index in analysis.baselines):
+        test = "paired t test" if settings.interval == "t" else "sign-flip test"
+        baseline = ", ".join(f"{key}={value}" for key, value in settings.baseline.items())
+        said += (
+            f" Differences are those of equal seeds, to the cell with {baseline} and otherwise the same labels; p "
+            f"is of the {test}, corrected by Holm over all comparisons of the metric."
         )
-    content = {
-        "statuses": analysis.statuses,
-        "settings": asdict(analysis.settings),
-        "metrics": list(analysis.metrics),
-        "claims": [{**asdict(claim), "verdict": claim.verdict} for claim in analysis.claims],
-        "cells": cells,
-        "runs": [_run(run) for run in analysis.runs],
-        "left_out": [{"run": str(run.folder), "reason": reason} for run, reason in analysis.left_out],
-        "notes": list(analysis.notes),
-        "warnings": list(analysis.warnings),
-        "figures": list(figures),
-    }
-    return _json_lines(_without_nan(content))
+    return said
 
 
-def _json_lines(content: Mapping[str, Any]) -> str:
-    """JSON with a line for each key, and for each entry of a list: to be read, and written fast."""
-    parts = []
-    for key, value in content.items():
-        text = json.dumps(value, ensure_ascii=False)
-        if isinstance(value, list) and value:
-            text = "[\n" + ",\n".join(json.dumps(entry, ensure_ascii=False) for entry in value) + "\n]"
-        parts.append(f"{json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
+def claim_rows(analysis: Analysis) -> list[tuple[str, ...]]:
+    """Rows of `CLAIM_HEAD`: one for each claim, and after it one for each of its parts."""
+    rows: list[tuple[str, ...]] = []
+    for claim in analysis.claims:
+        rows.append((claim.text, "", "", "", claim.verdict))
+        for finding in claim.findings:
+            over = "; ".join(filter(None, (finding.basis, finding.reason)))
+            rows.append((finding.quantity, finding.claimed, with_interval(finding.interval), over, finding.verdict))
+    return rows
 
 
-def _run(run: Run) -> dict[str, Any]:
-    return {
-        "folder": str(run.folder),
-        "status": run.status,
-        "reason": run.reason,
-        "seed": run.seed,
-        "facts": dict(run.facts),
-        "metrics": dict(run.metrics),
-    }
+def metric_table(analysis: Analysis, metric: str) -> tuple[list[str], list[list[str]]]:
+    """The head of a table of one metric, and a row for every cell: how many of its runs the mean is over, mean and
+    interval; where there are baselines also the difference with its interval and p."""
+    compared = any(index is not None for index in analysis.baselines)
+    head = ["cell", "seeds", "mean", *(["difference to baseline", "p (Holm)"] if compared else [])]
+    rows = []
+    for index, (cell, result) in enumerate(zip(analysis.cells, analysis.results[metric], strict=True)):
+        row = [cell.name, f"{len(result.values)} of {len(cell.runs)}", with_interval(result.interval)]
+        apart = result.difference
+        difference = "baseline" if index in analysis.baselines else UNKNOWN
+        if apart is not None:
+            few = apart.interval.count < len(result.values)
+            pairs = f" ({counted(apart.interval.count, 'pair')})" if few else ""
+            difference = with_interval(apart.interval, "+") + pairs
+        p = "no spread" if apart is not None and apart.interval.deviation == 0 else probability(result.p_corrected)
+        rows.append([*row, *([difference, p] if compared else [])])
+    return head, rows
 
 
-def _result(result: Result) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "values": {str(seed): value for seed, value in result.values.items()},
-        **asdict(result.interval),
-    }
-    if result.difference is not None:
-        found["difference"] = {
-            **asdict(result.difference.interval),
-            "by_seed": dict(zip(map(str, result.difference.pairs), result.difference.differences, strict=True)),
-            "p": result.difference.p,
-            "p_holm": result.p_corrected,
-        }
-    return found
+def cost_rows(analysis: Analysis) -> list[tuple[str, ...]]:
+    """A row of `COST_HEAD` for every cell."""
+    return [
+        (
+            cell.name,
+            UNKNOWN if cost.parameters is None else f"{cost.parameters:,}",
+            UNKNOWN if cost.flops is None else with_prefix(cost.flops, ""),
+            UNKNOWN if cost.decode_flops is None else with_prefix(cost.decode_flops, ""),
+            UNKNOWN if cost.state_bytes is None else with_prefix(cost.state_bytes, "B"),
+            UNKNOWN if cost.decode_seconds is None else f"{number(1e3 * cost.decode_seconds)} ms",
+        )
+        for cell, cost in zip(analysis.cells, analysis.costs, strict=True)
+    ]
 
 
-def _result_row(result: Result | None) -> dict[str, Any]:
-    nothing = Interval(math.nan, math.nan, math.nan, math.nan, 0)
-    interval = nothing if result is None else result.interval
-    difference = None if result is None else result.difference
-    apart = nothing if difference is None else difference.interval
-    row = {
-        "seeds": interval.count,
-        **{name: getattr(interval, name) for name in ("mean", "low", "high", "deviation")},
-        "pairs": apart.count,
-        "difference": apart.mean,
-        "difference_low": apart.low,
-        "difference_high": apart.high,
-        "p": math.nan if difference is None else difference.p,
-        "p_holm": math.nan if result is None else result.p_corrected,
-    }
-    return {key: _plain(value) for key, value in row.items()}
-
-
-def _label_keys(analysis: Analysis) -> list[str]:
-    return list(dict.fromkeys(key for cell in analysis.cells for key in cell.labels))
-
-
-def _csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _plain(value: Any) -> Any:
-    return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def cost_sentence(analysis: Analysis) -> str:
+    """What the costs are counted for."""
+    context = tokens(analysis.costs[0].context) if analysis.costs else UNKNOWN
+    timed = [max(cost.latency) for cost in analysis.costs if cost.latency]
+    after = f" The decode step was timed after {tokens(timed[0])} tokens, on the CPU in float32." if timed else ""
+    return (
+        f"Counted from the models' configurations for {context} tokens: forward FLOPs of the decoder and its head per "
+        f"token of one pass, and of one more token after it; the state of one row, in the recipe's dtype.{after}"
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.statistics import Interval
 
 UNKNOWN = "-"
@@ -43,25 +42,3 @@ def probability(p: float) -> str:
 def counted(count: int, noun: str, plural: str = "") -> str:
     """ "1 run", "2 runs"."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
-
-
-def headline(analysis: Analysis) -> str:
-    """ "24 runs in 8 cells: 22 done, 2 failed"."""
-    statuses = ", ".join(f"{count:,} {status}" for status, count in analysis.statuses.items())
-    return f"{counted(len(analysis.runs), 'run')} in {counted(len(analysis.cells), 'cell')}: {statuses}"
-
-
-def method(analysis: Analysis) -> str:
-    """How intervals and tests were made, as sentences."""
-    settings = analysis.settings
-    level = f"{100 * settings.level:g} %"
-    how = "by Student's t" if settings.interval == "t" else "by the bootstrap (percentiles of 10,000 resamples)"
-    said = f"Means over seeds with {level} intervals {how}."
-    if settings.baseline and any(index is not None for index in analysis.baselines):
-        test = "paired t test" if settings.interval == "t" else "sign-flip test"
-        baseline = ", ".join(f"{key}={value}" for key, value in settings.baseline.items())
-        said += (
-            f" Differences are those of equal seeds, to the cell with {baseline} and otherwise the same labels; p "
-            f"is of the {test}, corrected by Holm over all comparisons of the metric."
-        )
-    return said

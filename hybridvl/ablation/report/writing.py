@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from hybridvl.ablation.report.analysis import Analysis
+from hybridvl.ablation.report.exports import cells_csv, runs_csv, to_json
 from hybridvl.ablation.report.figures import Picture, draw_all
 from hybridvl.ablation.report.markdown import markdown
 from hybridvl.ablation.report.page import page
-from hybridvl.ablation.report.tables import cells_csv, runs_csv, to_json
 from hybridvl.checkpoints.files import parse_json, read_text, text_writer, write_files
 from hybridvl.layers.errors import ConfigError
 

@@ -51,13 +51,16 @@ class Probe(Task, Generic[Drawn]):
 
     def chances(self, split: Split = "test", seed: int = 0) -> dict[str, float]:
         """Accuracy that guessing is expected to have on the first epoch of a split, by kind, and under "" in all."""
-        source = self.source(split, seed)
         found: dict[str, list[float]] = {}
-        for index in range(len(source)):
-            for asked in self.ask(source.drawn(index)):
-                for kind in ("", asked.kind):
-                    found.setdefault(kind, []).append(asked.chance)
+        for asked in self.questions(split, seed):
+            for kind in ("", asked.kind):
+                found.setdefault(kind, []).append(asked.chance)
         return {kind: fmean(chances) for kind, chances in sorted(found.items())}
+
+    def questions(self, split: Split = "test", seed: int = 0) -> list[Asked]:
+        """Every question of the first epoch of a split."""
+        source = self.source(split, seed)
+        return [asked for index in range(len(source)) for asked in self.ask(source.drawn(index))]
 
     @abstractmethod
     def draw(self, rng: np.random.Generator, split: Split) -> Drawn:
