@@ -13,15 +13,14 @@ from pathlib import Path
 
 import torch
 
-from hybridvl.ablation.cells import Run
-from hybridvl.ablation.engine import Engine, Status, Watch
-from hybridvl.ablation.records import Claim, RunRecord, State
+from hybridvl.ablation.engine import OVER, Engine, SignalFile, Status, Work
+from hybridvl.ablation.records import Hold, RunRecord
 from hybridvl.data.loader import end_with_parent
+from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.processes import Ended, handled_by
 
 _POLL = 0.2  # seconds between two looks at the processes
 _POLL_OTHERS = 2.0  # seconds between two looks at the runs that other processes work on
-_OVER: dict[State, Status] = {"done": "done", "pruned": "pruned"}  # of runs that nobody goes on with
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class _Running:
     index: int
     slot: Slot
     record: RunRecord
-    claim: Claim
+    hold: Hold
     process: subprocess.Popen[bytes]
 
 
@@ -86,49 +85,66 @@ class LocalEngine(Engine):
     doing one twice: whoever holds a run's lock works on it, the others wait for it to be done or given up.
 
     Args:
-        runs: what to run, in this order.
+        work: what to run.
         places: where; one process each at a time.
-        retry_failed: whether runs that have failed are tried again.
-        watch: told how it goes.
+        signals: that it gets by a file, besides those of its own process.
     """
 
-    def __init__(self, runs: Sequence[Run], places: Sequence[Slot], retry_failed: bool, watch: Watch) -> None:
-        super().__init__(runs)
+    def __init__(self, work: Work, places: Sequence[Slot], signals: SignalFile | None = None) -> None:
+        super().__init__(work)
         self._free = list(places)
         self._running: list[_Running] = []
-        self._retry_failed = retry_failed
-        self._watch = watch
+        self._signals = signals
+        self._came = 0
+        self._has_begun = False
         self._looked = float("-inf")
 
     def run(self) -> None:
-        """Run to the end, or until a signal: the first SIGINT or SIGTERM is handed on, the second one kills."""
-        with handled_by(self._stop):
+        """Run to the end, or until a signal: the first SIGINT or SIGTERM is handed on, the second one kills.
+
+        Raises:
+            ConfigError: not even the first run could be begun. Afterwards, a run whose record cannot be kept has
+                failed, and the others go on.
+        """
+        with handled_by(self._heed):
             while True:
+                if self._signals is not None and (count := self._signals.count):
+                    self._hand_on(signal.SIGTERM, kill=count > 1)
                 self._reap()
                 if self.signal is None:
                     self._fill()
-                self._watch(self)
+                self.work.watch(self)
                 waits = self.signal is None and any(status in ("waiting", "elsewhere") for status in self.statuses)
                 if not self._running and not waits:
                     return
                 time.sleep(_POLL)
 
+    def _heed(self, number: int, frame: object) -> None:
+        self._came += 1
+        self._hand_on(number, kill=self._came > 1)
+
+    def _hand_on(self, number: int, kill: bool) -> None:
+        """Give a signal to the runs: once, however it has come."""
+        if self.signal is None or kill:
+            for running in self._running:
+                running.process.send_signal(signal.SIGKILL if kill else number)
+        self.signal = self.signal or number
+
     def _stopping(self) -> bool:
         """Whether a signal has come; it may do so at any time."""
         return self.signal is not None
 
-    def _stop(self, number: int, frame: object) -> None:
-        for running in self._running:
-            running.process.send_signal(number if self.signal is None else signal.SIGKILL)
-        self.signal = self.signal or number
-
     def _reap(self) -> None:
         for running in [one for one in self._running if one.process.poll() is not None]:
             self._running.remove(running)
-            running.record.finish(Ended(running.process.returncode, self.signal))
+            try:
+                running.record.finish(Ended(running.process.returncode, self.signal))
+            except ConfigError as error:
+                self.reasons[running.index] = str(error)
             state = running.record.state
-            self.statuses[running.index] = "stopped" if state == "new" else state
-            running.claim.release()
+            gave_up = state == "failed" or running.index in self.reasons
+            self.statuses[running.index] = OVER.get(state, "failed" if gave_up else "stopped")
+            running.hold.release()
             self._free.append(running.slot)
 
     def _fill(self) -> None:
@@ -136,35 +152,49 @@ class LocalEngine(Engine):
         now = time.monotonic()
         looks = now - self._looked >= _POLL_OTHERS
         for index, status in enumerate(self.statuses):
-            if not self._free or self.signal is not None:
+            if self._stopping():
                 return
-            if status == "waiting" or (status == "elsewhere" and looks):
+            if self._free and (status == "waiting" or (status == "elsewhere" and looks)):
                 self.statuses[index] = self._take(index)
+            elif looks and status in ("waiting", "elsewhere"):
+                self.statuses[index] = OVER.get(self.records[index].state, status)
         if looks:
             self._looked = now
 
     def _take(self, index: int) -> Status:
-        run, record = self.runs[index], self.records[index]
-        over = _OVER.get(record.state)
+        """Begin a run, unless it is over or another process has it."""
+        over = OVER.get(self.records[index].state)
         if over is not None:
             return over
-        claim = Claim.of(record)
-        if claim is None:
-            return "elsewhere"
-        # Another process may have ended it between the look and the claim.
+        hold: Hold | None = None
+        status: Status
+        try:
+            hold = Hold.of(self.records[index])
+            status = "elsewhere" if hold is None else self._begin(index, hold)
+        except (ConfigError, OSError) as error:
+            if not self._has_begun:
+                raise
+            self.reasons[index] = str(error)
+            status = "failed"
+        if hold is not None and status != "running":
+            hold.release()
+        return status
+
+    def _begin(self, index: int, hold: Hold) -> Status:
+        run, record = self.runs[index], self.records[index]
+        # Another process may have ended it between the look and the hold.
         state = record.state
-        gave_up = state == "failed" and (not self._retry_failed or self.statuses[index] == "elsewhere")
-        if state in _OVER or gave_up:
-            claim.release()
-            return _OVER.get(state, "failed")
+        if state in OVER:
+            return OVER[state]
+        if state == "failed" and (not self.work.retry_failed or self.statuses[index] == "elsewhere"):
+            return "failed"
         record.check(run.key)
         words = record.begin(run.key, run.cell.labels, run.seed, run.arguments)
         if self._stopping():  # since the last look
-            claim.release()
             return "stopped"
-        slot = self._free.pop(0)
-        process = _start(words, record.log, slot, claim.handle)
-        self._running.append(_Running(index, slot, record, claim, process))
+        process = _start(words, record.log, self._free[0], hold.handle)
+        self._running.append(_Running(index, self._free.pop(0), record, hold, process))
+        self._has_begun = True
         if self._stopping():  # before the process was known
             process.send_signal(self.signal or signal.SIGTERM)
         return "running"

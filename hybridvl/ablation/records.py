@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -103,10 +104,14 @@ class RunRecord:
         What a process has left that was ended before its first checkpoint is removed: the new one begins again.
         """
         words = list(arguments)
-        if self.checkpoint.exists():
-            words.append(f"--ckpt_path={self.checkpoint}")
-        elif self.folder.exists():
-            shutil.rmtree(self.folder)
+        try:
+            if self.checkpoint.exists():
+                words.append(f"--ckpt_path={self.checkpoint}")
+            elif self.folder.exists():
+                shutil.rmtree(self.folder)
+            self.ended.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(f"root: {self.folder}: cannot be begun again: {error.strerror}") from error
         attempts = int(read_record(self.started).get("attempts", 0)) + 1
         before = self.log.stat().st_size if self.log.exists() else 0
         facts = {
@@ -118,7 +123,6 @@ class RunRecord:
             "log_from": before,
         }
         write_record(self.started, {**facts, "started": _now()})
-        self.ended.unlink(missing_ok=True)
         return words
 
     def finish(self, ended: Ended) -> None:
@@ -140,46 +144,68 @@ class RunRecord:
         return (mistakes or lines or [f"exit status {ended.status}"])[-1].removeprefix("error: ")
 
 
-class Claim:
+class Hold:
     """The right to work on a run, for as long as this process or one it was handed on to lives.
 
     Attributes:
-        handle: the open lock file; a process that inherits it holds the claim, too.
+        handle: the open lock file; a process that inherits it holds the run, too.
     """
 
     def __init__(self, handle: int) -> None:
         self.handle = handle
 
     @classmethod
-    def of(cls, record: RunRecord) -> Claim | None:
-        """Claim a run; None if another process has it."""
-        path = record.folder.with_name(f".{record.folder.name}.lock")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise ConfigError(f"root: {path}: cannot be written: {error.strerror}") from error
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        return cls(handle)
+    def of(cls, record: RunRecord) -> Hold | None:
+        """Take hold of a run; None if another process has it."""
+        handle = _locked(record.folder.with_name(f".{record.folder.name}.lock"), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return None if handle is None else cls(handle)
 
     @classmethod
     def is_held(cls, record: RunRecord) -> bool:
         """Whether a process works on a run now."""
         if not record.started.exists():
             return False
-        claim = cls.of(record)
-        if claim is None:
+        hold = cls.of(record)
+        if hold is None:
             return True
-        claim.release()
+        hold.release()
         return False
 
     def release(self) -> None:
         """Give it up."""
         os.close(self.handle)
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process is within this for the same folder."""
+    handle = _locked(folder / ".lock", fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _locked(path: Path, how: int) -> int | None:
+    """A lock file, open and locked; None if it does not wait and another process has it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise ConfigError(f"root: {path}: cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(handle, how)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError as error:
+        os.close(handle)
+        raise ConfigError(
+            f"root: {path}: cannot be locked: {error.strerror}; expected a file system with flock, such as one of this "
+            "machine, NFS 4, or Lustre mounted with -o flock"
+        ) from error
+    return handle
 
 
 def _last_lines(path: Path, start: int) -> list[str]:

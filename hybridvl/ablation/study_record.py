@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from hybridvl.ablation.recipes import merged_recipe
+from hybridvl.ablation.records import one_at_a_time
 from hybridvl.ablation.study import Study, combinations
 from hybridvl.checkpoints.files import read_text, text_writer, write_files
 from hybridvl.layers.errors import ConfigError
@@ -37,14 +38,19 @@ def record_study(study: Study, extend: bool = False) -> Path:
             and no run be left out. Names, folders, metrics, what is tuned and claims are not compared.
     """
     path = study.folder / RECORD
-    content = _content(study)
-    before = read_text(path) if path.exists() else None
-    if before is not None:
-        _compare(path, read_mapping(path), study, content, extend)
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
-    if before != text:
-        write_files(study.folder, {RECORD: text_writer(text)})
+    text = yaml.safe_dump(_content(study), sort_keys=False, allow_unicode=True, width=120)
+    with one_at_a_time(study.folder):
+        compare_study(study, extend)
+        if not path.exists() or read_text(path) != text:
+            write_files(study.folder, {RECORD: text_writer(text)})
     return path
+
+
+def compare_study(study: Study, extend: bool = False) -> None:
+    """Raise ConfigError if the study's folder holds another one, as `record_study` does; nothing is written."""
+    path = study.folder / RECORD
+    if path.exists():
+        _compare(path, read_mapping(path), study, _content(study), extend)
 
 
 def _content(study: Study) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jsonargparse import Namespace
 from omegaconf.errors import OmegaConfBaseException
 
 from hybridvl.ablation.cells import Run
@@ -47,13 +48,13 @@ class _Keys(_ReadOnly):
         raise _Known(known_keys(self._subcommand_parsers[self._command]))
 
 
-def check_fit(arguments: Sequence[str], not_started: str) -> None:
+def check_fit(arguments: Sequence[str], not_started: str) -> Namespace:
     """Have the command line read what follows `hybridvl` to start a run; its mistakes are printed or ConfigErrors.
 
-    not_started: what has not been started then, for the message.
+    not_started: what has not been started then, for the message. Returns the settings of the trainer.
     """
     try:
-        _ReadOnly(arguments[0], arguments[1:])
+        return _ReadOnly(arguments[0], arguments[1:]).config[arguments[0]].trainer
     except SystemExit as refused:
         raise ConfigError(f"refused for the reason above; no {not_started} was started") from refused
     except OmegaConfBaseException as error:
@@ -81,4 +82,12 @@ def check_study(study: Study, runs: Sequence[Run]) -> None:
         if run is runs[0] or not labels <= seen:
             seen |= labels
             with within(f"{study.path}: cell {run.cell.name}"):
-                check_fit(run.arguments, "run")
+                _require_run_folder(check_fit(run.arguments, "run"))
+
+
+def _require_run_folder(trainer: Namespace) -> None:
+    """Refuse what keeps a fit from leaving a run folder that says when it was done: it would run again for ever."""
+    if trainer.get("logger") not in (None, True):
+        raise ConfigError(f"trainer.logger: {trainer.logger}; expected null, as the run folder is its own logger's")
+    if trainer.get("fast_dev_run"):
+        raise ConfigError(f"trainer.fast_dev_run: {trainer.fast_dev_run}; expected false, as such a run leaves nothing")

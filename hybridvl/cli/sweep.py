@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from hybridvl.ablation.cells import Run, cells, runs
-from hybridvl.ablation.engine import Engine
+from hybridvl.ablation.engine import OVER, Engine, Work
 from hybridvl.ablation.local import LocalEngine, Slot, own_slots, visible_gpus
 from hybridvl.ablation.matching import Matched, match_cells
 from hybridvl.ablation.ray_tune import run_on_ray
 from hybridvl.ablation.records import RunRecord
 from hybridvl.ablation.slurm import run_on_slurm
 from hybridvl.ablation.study import Study, read_study
-from hybridvl.ablation.study_record import record_study
+from hybridvl.ablation.study_record import compare_study, record_study
 from hybridvl.ablation.table import cell_table
 from hybridvl.cli.arguments import Arguments, take_flags
 from hybridvl.cli.output import table_console
@@ -42,37 +42,44 @@ def main(argv: Sequence[str]) -> int:
     for flag, value in (("--jobs", options.jobs), ("--cores", options.cores)):
         if value is not None and value < 1:
             raise ConfigError(f"{flag}: {value}; expected at least 1")
-    if slurm_flags and options.engine != "slurm":
-        raise ConfigError(f"--slurm.{slurm_flags[0][0]['key']}: expected --engine slurm with it")
+    _refuse_idle_flags(options, [match["key"] for match, _ in slurm_flags])
     slurm = {match["key"]: yaml_value(f"--slurm.{match['key']}", value) for match, value in slurm_flags}
     study = read_study(Path(options.file), {match["key"]: value for match, value in flags})
     matched = match_cells(study, cells(study))
     found = runs(study, [entry.cell for entry in matched])
-    places = own_slots(options.jobs)
-    left = [run for run in found if RunRecord(run.folder).state != "done"]
+    over = {*OVER, *([] if options.retry_failed else ["failed"])}
+    left = [run for run in found if RunRecord(run.folder).state not in over]
     if left:
         from hybridvl.cli.recipe_check import check_study  # Lightning takes seconds to import
 
         check_study(study, left)
     if options.dry_run:
-        _show(study, matched, found, left, places, options.probe)
+        compare_study(study, options.extend)
+        _show(study, matched, found, left, own_slots(options.jobs), options.probe)
         return 0
     record_study(study, options.extend)
-    with SweepView(study.metrics or ("test/exact",), len(places)) as view:
-        engine = _run(study, found, options, slurm, view)
+    with SweepView(study.metrics or ("test/exact",)) as view:
+        engine = _run(Work(found, study.folder, options.retry_failed, view), options, slurm)
     return _report(study, found, engine, view)
 
 
-def _run(
-    study: Study, found: Sequence[Run], options: argparse.Namespace, slurm: Mapping[str, Any], view: SweepView
-) -> Engine:
+def _refuse_idle_flags(options: argparse.Namespace, slurm: Sequence[str]) -> None:
+    """Raise ConfigError for flags that nothing would look at."""
+    if slurm and options.engine != "slurm":
+        raise ConfigError(f"--slurm.{slurm[0]}: expected --engine slurm with it")
+    if options.cores is not None and options.engine != "ray":
+        raise ConfigError(f"--cores: {options.cores}; expected --engine ray with it")
+    if not options.probe and not options.dry_run:
+        raise ConfigError("--no-probe: expected --dry-run with it")
+
+
+def _run(work: Work, options: argparse.Namespace, slurm: Mapping[str, Any]) -> Engine:
     """All runs, by the engine that was asked for."""
     if options.engine == "slurm":
-        return run_on_slurm(found, study.folder, options.jobs or 1, slurm, options.retry_failed, view)
+        return run_on_slurm(work, options.jobs or 1, slurm)
     if options.engine == "ray":
-        gpus = int(bool(visible_gpus()))
-        return run_on_ray(found, study.folder, options.jobs, options.cores, gpus, options.retry_failed, view)
-    engine = LocalEngine(found, own_slots(options.jobs), options.retry_failed, view)
+        return run_on_ray(work, options.jobs, options.cores or 1, int(bool(visible_gpus())))
+    engine = LocalEngine(work, own_slots(options.jobs))
     engine.run()
     return engine
 
@@ -99,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         help="runs at a time; by default one a GPU, else one a core. With Slurm: jobs, by default 1, each of which has "
         "as many runs at a time as GPUs or cores",
     )
-    parser.add_argument("--cores", type=int, default=1, metavar="N", help="with Ray: cores of a run (default 1)")
+    parser.add_argument("--cores", type=int, metavar="N", help="with Ray: cores of a run (default 1)")
     parser.add_argument(
         "--slurm.KEY", metavar="VALUE", help="a parameter of submitit, such as timeout_min or slurm_partition"
     )
@@ -138,9 +145,13 @@ def _show(
 
 def _report(study: Study, found: Sequence[Run], engine: Engine, view: SweepView) -> int:
     print(f"\n{study.name}: {view.summary(engine)}")
-    for run, record, status in zip(found, engine.records, engine.statuses, strict=True):
+    for index, (run, status) in enumerate(zip(found, engine.statuses, strict=True)):
         if status in ("failed", "stopped"):
-            print(f"{status:9} {run.folder}: {record.reason} (log: {record.log})")
+            log = engine.records[index].log
+            why = engine.reason(index) or ("" if log.exists() else "it was not begun")
+            print(f"{status:9} {run.folder}: {why}" + (f" (log: {log})" if log.exists() else ""))
+    for trouble in engine.troubles:
+        print(trouble)
     counts = Counter(engine.statuses)
     if engine.signal is not None:
         print("stopped; the same command goes on")

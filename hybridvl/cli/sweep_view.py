@@ -25,7 +25,6 @@ class SweepView:
 
     Args:
         metrics: tags of what is shown of a run.
-        places: processes at a time, for the time that is left.
         console: where to draw.
         clock: seconds from any origin, monotonic.
     """
@@ -33,12 +32,11 @@ class SweepView:
     def __init__(
         self,
         metrics: Sequence[str],
-        places: int,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._metrics = tuple(metrics)
-        self._places = places
+        self._at_a_time = 1  # the most so far
         self._console = console or Console()
         self._clock = clock
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
@@ -102,6 +100,7 @@ class SweepView:
             elif before[index] == "running" and engine.statuses[index] == "done":
                 self._took.append(self._clock() - self._began[index])
         self._statuses = list(engine.statuses)
+        self._at_a_time = max(self._at_a_time, self._statuses.count("running"))
         return changed
 
     def _left(self, engine: Engine) -> float | None:
@@ -117,7 +116,7 @@ class SweepView:
         if not whole or not (waiting or any(status == "running" for status in engine.statuses)):
             return None
         rest += waiting * sum(whole) / len(whole)
-        return rest / min(self._places, max(1, waiting + sum(status == "running" for status in engine.statuses)))
+        return rest / min(self._at_a_time, max(1, waiting + engine.statuses.count("running")))
 
     def _cells(self, engine: Engine, index: int) -> list[Text]:
         status, record = engine.statuses[index], engine.records[index]
@@ -137,7 +136,7 @@ class SweepView:
         status, record = engine.statuses[index], engine.records[index]
         found = record.metrics.get("metrics", {}) if status == "done" else {}
         scores = "".join(f"  {tag} {found[tag]:.4f}" for tag in self._metrics if tag in found)
-        why = f"  {record.reason}" if status in ("pruned", "failed", "stopped") else ""
+        why = f"  {engine.reason(index)}" if status in ("pruned", "failed", "stopped") else ""
         return f"{status:9} {_name(engine, index)}{scores}{why}  ({self.summary(engine)})"
 
 

@@ -18,18 +18,19 @@ from rich.console import Console
 
 from hybridvl.ablation import local
 from hybridvl.ablation.cells import Cell, Run
+from hybridvl.ablation.engine import Work
 from hybridvl.ablation.local import LocalEngine, Slot, own_slots, slots
-from hybridvl.ablation.records import Claim, RunRecord
+from hybridvl.ablation.records import Hold, RunRecord
 from hybridvl.cli.sweep_view import SweepView
 from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.processes import Ended
 
-HOLD = """
+HOLDER = """
 import sys
 from pathlib import Path
-from hybridvl.ablation.records import Claim, RunRecord
-claim = Claim.of(RunRecord(Path(sys.argv[1])))
-print("none" if claim is None else "held", flush=True)
+from hybridvl.ablation.records import Hold, RunRecord
+hold = Hold.of(RunRecord(Path(sys.argv[1])))
+print("none" if hold is None else "held", flush=True)
 sys.stdin.read()
 """
 
@@ -111,24 +112,24 @@ def test_a_run_of_other_settings_is_refused(tmp_path: Path) -> None:
         record.check("other")
 
 
-def test_a_claim_is_held_until_its_process_has_gone(tmp_path: Path) -> None:
+def test_a_hold_lasts_until_its_process_has_gone(tmp_path: Path) -> None:
     record = RunRecord(tmp_path / "a=1" / "seed_0")
-    command = [sys.executable, "-c", HOLD, str(record.folder)]
+    command = [sys.executable, "-c", HOLDER, str(record.folder)]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    assert Claim.of(record) is None
+    assert Hold.of(record) is None
     holder.kill()
     holder.communicate()
-    claim = Claim.of(record)
-    assert claim is not None
+    hold = Hold.of(record)
+    assert hold is not None
     # A process that it was handed on to holds it when its first owner has let go.
-    heir = subprocess.Popen(["sleep", "60"], pass_fds=(claim.handle,))
-    claim.release()
-    assert Claim.of(record) is None
+    heir = subprocess.Popen(["sleep", "60"], pass_fds=(hold.handle,))
+    hold.release()
+    assert Hold.of(record) is None
     heir.kill()
     heir.wait()
-    again = Claim.of(record)
+    again = Hold.of(record)
     assert again is not None
     again.release()
 
@@ -138,13 +139,13 @@ def _engine(folder: Path, view: SweepView, count: int = 4) -> LocalEngine:
         Run(Cell({"a": str(number)}, {}, f"a={number}"), 0, folder / f"a={number}" / "seed_0", [], "key")
         for number in range(count)
     ]
-    return LocalEngine(runs, [Slot((0,)), Slot((1,))], False, view)
+    return LocalEngine(Work(runs, folder, watch=view), [Slot((0,)), Slot((1,))])
 
 
 def test_the_table_has_paces_times_and_scores(tmp_path: Path) -> None:
     now = [100.0]
     console = Console(file=io.StringIO(), force_terminal=True, width=120)
-    view = SweepView(["val/exact"], 2, console, lambda: now[0])
+    view = SweepView(["val/exact"], console, lambda: now[0])
     engine = _engine(tmp_path, view)
     engine.statuses = ["running", "running", "waiting", "failed"]
     view(engine)
@@ -170,7 +171,7 @@ def test_the_table_has_paces_times_and_scores(tmp_path: Path) -> None:
 def test_a_signal_while_a_run_is_started_reaches_it(
     moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    view = SweepView([], 1, Console(file=io.StringIO()))
+    view = SweepView([], Console(file=io.StringIO()))
     engine = _engine(tmp_path, view, 1)
     begin, start = RunRecord.begin, local._start
 
@@ -195,7 +196,7 @@ def test_a_signal_while_a_run_is_started_reaches_it(
 
 
 def test_many_runs_show_those_that_matter(tmp_path: Path) -> None:
-    view = SweepView([], 2, Console(file=io.StringIO(), force_terminal=True))
+    view = SweepView([], Console(file=io.StringIO(), force_terminal=True))
     engine = _engine(tmp_path, view, 100)
     engine.statuses = ["done"] * 90 + ["failed"] * 2 + ["running"] * 2 + ["waiting"] * 6
     table = view.table(engine)
@@ -206,7 +207,7 @@ def test_many_runs_show_those_that_matter(tmp_path: Path) -> None:
 
 def test_a_log_has_a_line_for_every_change(tmp_path: Path) -> None:
     out = io.StringIO()
-    view = SweepView(["val/exact"], 1, Console(file=out, width=200))
+    view = SweepView(["val/exact"], Console(file=out, width=200))
     engine = _engine(tmp_path, view, 2)
     for statuses in (["running", "waiting"], ["running", "waiting"], ["failed", "waiting"]):
         engine.statuses = statuses  # type: ignore[assignment]
@@ -222,7 +223,7 @@ def test_a_log_has_a_line_for_every_change(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "a=1").write_text("a file")
     with pytest.raises(ConfigError, match=r"root: .*a=1/\.seed_0\.lock: cannot be written"):
-        Claim.of(RunRecord(tmp_path / "a=1" / "seed_0"))
+        Hold.of(RunRecord(tmp_path / "a=1" / "seed_0"))
 
 
 def test_this_process_has_cores() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from jsonargparse import Namespace
 
 from hybridvl.ablation.cells import cells, runs
 from hybridvl.ablation.study import Study, read_study
@@ -37,8 +38,9 @@ def _check(study: Study) -> None:
 def test_every_value_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[set[str]] = []
 
-    def check(arguments: list[str], what: str) -> None:
+    def check(arguments: list[str], what: str) -> Namespace:
         read.append({word for word in arguments if word.startswith(("--model.net", "--data"))})
+        return Namespace()
 
     monkeypatch.setattr(recipe_check, "check_fit", check)
     _check(_study(tmp_path, "frames: {key: data.task.init_args.frames, values: [2, 3, 4]}"))
@@ -81,6 +83,13 @@ def test_values_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ):
         _check(study)
     assert "error: trainer.max_steps: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("key", "value"), [("trainer.logger", "false"), ("trainer.fast_dev_run", "true")])
+def test_runs_that_would_never_be_done(key: str, value: str, tmp_path: Path) -> None:
+    study = _study(tmp_path, f"odd: {{key: {key}, values: [{value}]}}")
+    with pytest.raises(ConfigError, match=rf"^{study.path}: cell .*odd={value}: {key}: (True|False); expected "):
+        _check(study)
 
 
 def test_a_study_that_fits(tmp_path: Path) -> None:
