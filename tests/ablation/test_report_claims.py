@@ -164,7 +164,7 @@ def test_too_little_to_decide(study: Path, tmp_path: Path) -> None:
     assert paired.reason == (
         "expected at least 3 seeds of both cells; 2 of 2 runs of ratio=0 are done; 2 of 2 runs of ratio=1 are done"
     )
-    assert only(study, {**claim, "chance": True}).reason == "it is not known how far guessing gets"
+    assert only(study, {**claim, "chance": True}).reason == "how far guessing gets is not known of this metric"
 
 
 def test_cells_whose_runs_have_failed(study: Path) -> None:
@@ -178,6 +178,7 @@ def test_cells_whose_runs_have_failed(study: Path) -> None:
     assert (alone.verdict, paired.verdict) == ("undecided", "undecided")
     assert alone.findings[0].reason == "expected at least 3 seeds; 0 of 3 runs are done, 3 failed"
     assert paired.findings[0].reason.endswith("0 of 3 runs of ratio=0 are done, 3 failed")
+    assert paired.findings[0].basis == "0 pairs of seeds of 3 and 3 runs: 3 failed"
 
 
 def test_what_is_decided_by_the_runs_that_are_left_says_so(study: Path) -> None:

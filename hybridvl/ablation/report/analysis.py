@@ -105,16 +105,7 @@ def analyse(
         notes += chosen
     else:
         notes.append(f"nothing is tuned yet: no run logged {' or '.join(tune.values())}")
-    if settings.baseline:
-        baselines = find_baselines(cells, settings.baseline)
-    else:
-        given = {key: value for key, value in _baseline(collected.studies).items() if key not in tune}
-        settings = replace(settings, baseline=given)
-        try:
-            baselines = find_baselines(cells, settings.baseline)
-        except ConfigError as error:  # a study may begin with other cells
-            notes.append(f"nothing is compared yet: {error}")
-            baselines = [None] * len(cells)
+    settings, baselines = _compared_with(cells, settings, collected.studies, tune, notes)
     logged = logged_metrics(runs)
     wanted = list(metrics)
     if not wanted:
@@ -187,6 +178,25 @@ def _not_started(study: Mapping[str, Any], runs: Sequence[Run]) -> list[str]:
         return []
     shown = "; ".join(missing[:_MISSING_SHOWN]) + ("; and others" if len(missing) > _MISSING_SHOWN else "")
     return [f"study {study.get('name')}: {len(missing)} of {len(labels) * len(seeds)} runs were not started: {shown}"]
+
+
+def _compared_with(
+    cells: Sequence[Cell],
+    settings: Settings,
+    studies: Sequence[Mapping[str, Any]],
+    tune: Mapping[str, str],
+    notes: list[str],
+) -> tuple[Settings, list[int | None]]:
+    """The settings with the baseline of the studies, if they have none, and the baseline of every cell."""
+    if settings.baseline:
+        return settings, find_baselines(cells, settings.baseline)
+    given = {key: value for key, value in _baseline(studies).items() if key not in tune}
+    settings = replace(settings, baseline=given)
+    try:
+        return settings, find_baselines(cells, given)
+    except ConfigError as error:  # a study may begin with other cells
+        notes.append(f"nothing is compared yet: {error}")
+        return settings, [None] * len(cells)
 
 
 def _mistakes(judged: Sequence[Judged]) -> list[str]:

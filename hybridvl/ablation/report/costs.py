@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -25,8 +26,9 @@ from hybridvl.plan.costs import CONTEXTS, Plan, plan_model
 
 _CONTEXT = 1024  # tokens, where runs do not say how long their samples may be
 _DECODE = "decode_seconds"  # a metric of this name, of any stage, is a measured time of a decode step
-_ROUNDS = 5
 _BLOCKS = 5
+_ROUNDS = (5, 40)  # in a block, at least and at most
+_SECONDS = 30.0  # that timing may take where rounds are long
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def cell_costs(
 def decode_seconds(configs: Mapping[str, ModelConfig], contexts: Sequence[int]) -> dict[str, dict[int, list[float]]]:
     """Seconds of a decode step of each model after so many tokens, on the CPU in float32.
 
-    For each of some blocks the shortest of some rounds in which all models take turns: whatever else runs on the
+    For each of some blocks the shortest of many rounds in which all models take turns: whatever else runs on the
     machine only adds. Times do not depend on weights or on what was read, so models are fresh and states are noise.
     """
     models = {key: VisionLanguageModel(dataclasses.replace(config, vision=None)) for key, config in configs.items()}
@@ -100,7 +102,11 @@ def decode_seconds(configs: Mapping[str, ModelConfig], contexts: Sequence[int]) 
     sides = [Side(name, _decode(models[key].eval(), n)) for name, (key, n) in places.items()]
     gc.freeze()  # each round begins with a collection, which is to look at what the rounds have made alone
     try:
-        rounds = interleave(sides, _BLOCKS * _ROUNDS, warmup=1, measure=timer("cpu"))
+        start = time.perf_counter()
+        interleave(sides, 1, warmup=1, measure=timer("cpu"))
+        fewest, most = _ROUNDS
+        count = int(_SECONDS / (_BLOCKS * (time.perf_counter() - start)))
+        rounds = interleave(sides, _BLOCKS * max(fewest, min(most, count)), warmup=1, measure=timer("cpu"))
     finally:
         gc.unfreeze()
     found: dict[str, dict[int, list[float]]] = {key: {} for key in models}

@@ -156,7 +156,9 @@ def _mean(cell: Cell, metric: str, settings: Settings) -> _Evidence:
 def _difference(cell: Cell, other: Cell, metric: str, settings: Settings) -> _Evidence:
     """The mean of differences of equal seeds."""
     found = paired_difference(cell.values(metric), other.values(metric), settings.interval, settings.level)
-    interval, basis = found.interval, counted(len(found.pairs), "pair") + " of seeds"
+    lost = _lost([cell, other])
+    of_all = f" of {len(cell.runs)} and {len(other.runs)} runs: {lost}" if lost else ""
+    interval, basis = found.interval, f"{counted(len(found.pairs), 'pair')} of seeds{of_all}"
     if len(found.pairs) < FEWEST:
         return _Evidence(interval, basis, _too_few([cell, other], metric))
     if interval.deviation == 0:
@@ -186,7 +188,7 @@ def _of_one_run(cell: Cell, metric: str, share: float, settings: Settings) -> tu
 def _beyond(evidence: _Evidence, chance: float | None) -> _Evidence:
     """The same minus what guessing gets."""
     if evidence.interval is None or chance is None:
-        return _Evidence(None, evidence.basis, evidence.reason or "it is not known how far guessing gets")
+        return _Evidence(None, evidence.basis, evidence.reason or "how far guessing gets is not known of this metric")
     found = evidence.interval
     ends = (found.mean - chance, found.low - chance, found.high - chance)
     return _Evidence(Interval(*ends, found.deviation, found.count), evidence.basis, evidence.reason)
