@@ -28,7 +28,13 @@ class KilledWhileSaving(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 5:
-            os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL)
+            os.fsync = _kill_in_checkpoint
+
+
+def _kill_in_checkpoint(handle: Any) -> None:
+    number = handle if isinstance(handle, int) else handle.fileno()
+    if ".ckpt" in os.readlink(f"/proc/self/fd/{number}"):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Killed(Callback):
@@ -36,6 +42,18 @@ class Killed(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == 5 and trainer.is_global_zero:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KilledIn(Callback):
+    """SIGKILL when the hook of this name is called after so many steps."""
+
+    def __init__(self, hook: str, step: int) -> None:
+        self._step = step
+        setattr(self, hook, self._kill)
+
+    def _kill(self, trainer: Any, *others: Any) -> None:
+        if trainer.global_step == self._step and not trainer.sanity_checking:
             os.kill(os.getpid(), signal.SIGKILL)
 
 

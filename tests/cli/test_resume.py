@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -38,13 +39,13 @@ def _fit_and_die(recipe: Path) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-def _losses(folder: Path) -> dict[int, float]:
-    """Training loss by step; of a step taken twice, the later one."""
+def _scalars(folder: Path, tag: str = "train/loss") -> dict[int, float]:
+    """A metric by step; of a step taken twice, the later one."""
     values: dict[int, tuple[float, float]] = {}
     for file in folder.glob("events.*"):
         events = EventAccumulator(str(file), size_guidance={"scalars": 0})
         events.Reload()
-        for event in events.Scalars("train/loss") if "train/loss" in events.Tags()["scalars"] else ():
+        for event in events.Scalars(tag) if tag in events.Tags()["scalars"] else ():
             values[event.step] = max(values.get(event.step, (0.0, 0.0)), (event.wall_time, event.value))
     return {step: value for step, (_, value) in sorted(values.items())}
 
@@ -82,8 +83,53 @@ def test_killed_and_resumed_is_uninterrupted(pattern: str, packing: bool, tmp_pa
     assert ends[0]["global_step"] == 12
     # Weights, optimizer, schedule, generators, loops, data position: everything a checkpoint holds.
     assert cli_runs.differences(*ends) == []
-    assert _losses(folder) == _losses(other)
-    assert len(_losses(other)) == 12
+    assert _scalars(folder) == _scalars(other)
+    assert len(_scalars(other)) == 12
+
+
+BY_STEPS = "{max_steps: 12, check_val_every_n_epoch: null, val_check_interval: 6}"
+BY_EPOCHS = "{max_steps: -1, max_epochs: 3, check_val_every_n_epoch: 1, val_check_interval: null}"  # of five steps
+IN_PARTS = "{max_steps: 6, check_val_every_n_epoch: null, val_check_interval: 8, accumulate_grad_batches: 2}"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "every", "hook", "step"),
+    [
+        (BY_STEPS, 3, "on_validation_batch_end", 6),  # a step at which last.ckpt is due, too
+        (BY_STEPS, 6, "on_validation_batch_end", 12),  # the last one
+        (BY_STEPS, 4, "on_test_batch_start", 12),  # nothing is left to train
+        (BY_EPOCHS, 5, "on_train_batch_end", 11),  # saved at the end of an epoch
+        (IN_PARTS, 2, "on_validation_batch_end", 4),  # between the two batches of step 5
+    ],
+)
+def test_killed_beside_training_is_uninterrupted(
+    trainer: str, every: int, hook: str, step: int, tmp_path: Path
+) -> None:
+    """In a validation or a test: no validation is missed, whatever it was for, and none counts twice."""
+    settings = f"checkpoints: {{every_n_steps: {every}, monitor: val/loss, mode: max}}\n"
+    runs = [tmp_path / "runs" / name / "version_0" for name in ("whole", "killed")]
+    assert main(["fit", "--config", str(cli_runs.recipe(tmp_path, "whole", f"{settings}trainer: {trainer}"))]) == 0
+    kill = f"callbacks: [{{class_path: disk_faults.KilledIn, init_args: {{hook: {hook}, step: {step}}}}}]"
+    killed = cli_runs.recipe(tmp_path, "killed", f"{settings}trainer: {trainer[:-1]}, {kill}}}")
+    _fit_and_die(killed)
+    assert main(["fit", "--config", str(killed), "--ckpt_path", "last", "--trainer.callbacks", "null"]) == 0
+
+    metrics = [json.loads((run / "metrics.json").read_text())["metrics"] for run in runs]
+    assert {"val/loss", "test/exact"} <= metrics[0].keys()
+    for values in metrics:
+        for tag in [tag for tag in values if tag.startswith(("throughput/", "memory/"))]:
+            values.pop(tag)
+    assert metrics[0] == metrics[1]
+    assert _scalars(runs[0], "val/loss") == _scalars(runs[1], "val/loss")
+    ends = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) for run in runs]
+    for end in ends:
+        end["callbacks"]["Throughput"].pop("seconds")
+        # Half a step, with which a process may begin, has none.
+        end["callbacks"]["RunSummary"]["metrics"].pop("train/gradient_norm", None)
+    assert cli_runs.differences(*ends) == []
+    # The exported weights are the best ones.
+    weights = [(run / "model" / "model.safetensors").read_bytes() for run in runs]
+    assert weights[0] == weights[1]
 
 
 def test_a_finished_run_that_is_resumed_exports_its_best_weights_again(tmp_path: Path) -> None:

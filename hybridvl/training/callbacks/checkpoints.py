@@ -46,22 +46,18 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save last.ckpt when it is time."""
-        if trainer.global_step % self.every_n_steps == 0:
+        """Save last.ckpt when it is time; with a validation coming, after that, so that a resume does not miss it."""
+        if self._is_time(trainer) and not _validates_now(trainer):
             self._save_last(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save best.ckpt when the metric is better than ever."""
-        if self.monitor is None or trainer.sanity_checking or trainer.state.fn != "fit":
+        """Save best.ckpt when the metric is better than ever, and last.ckpt when it is time."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        if self.monitor not in trainer.callback_metrics:
-            known = ", ".join(sorted(trainer.callback_metrics))
-            raise ConfigError(f"checkpoints.monitor: no metric is called {self.monitor!r} (known: {known})")
-        score = float(trainer.callback_metrics[self.monitor])
-        better = self.best is None or (score > self.best if self.mode == "max" else score < self.best)
-        if better and not is_dry_run(trainer):
-            self.best = score
-            trainer.save_checkpoint(checkpoint_folder(trainer) / BEST, weights_only=False)
+        if self.monitor is not None:
+            self._save_best(trainer, self.monitor)
+        if self._is_time(trainer):
+            self._save_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save last.ckpt, then take the best weights."""
@@ -84,10 +80,32 @@ class Checkpoints(Checkpoint):
         """Take it back."""
         self.best = state_dict["best"]
 
+    def _save_best(self, trainer: Trainer, monitor: str) -> None:
+        if monitor not in trainer.callback_metrics:
+            known = ", ".join(sorted(trainer.callback_metrics))
+            raise ConfigError(f"checkpoints.monitor: no metric is called {monitor!r} (known: {known})")
+        score = float(trainer.callback_metrics[monitor])
+        better = self.best is None or (score > self.best if self.mode == "max" else score < self.best)
+        if better and not is_dry_run(trainer):
+            self.best = score
+            trainer.save_checkpoint(checkpoint_folder(trainer) / BEST, weights_only=False)
+
+    def _is_time(self, trainer: Trainer) -> bool:
+        # Not between two batches of one step: a checkpoint has no gradients.
+        return trainer.global_step % self.every_n_steps == 0 and not trainer.fit_loop.epoch_loop._should_accumulate()
+
     def _save_last(self, trainer: Trainer) -> None:
         if trainer.global_step != self._saved_step and not is_dry_run(trainer):
             self._saved_step = trainer.global_step
             trainer.save_checkpoint(checkpoint_folder(trainer) / LAST, weights_only=False)
+
+
+def _validates_now(trainer: Trainer) -> bool:
+    """Whether a validation follows this training batch: what Lightning itself asks in a moment."""
+    fit, batches = trainer.fit_loop, trainer.num_val_batches
+    assert fit._data_fetcher is not None
+    # No batches at all are known before the first validation.
+    return bool(fit.epoch_loop._should_check_val_fx(fit._data_fetcher)) and (not batches or sum(batches) > 0)
 
 
 def checkpoint_folder(trainer: Trainer) -> Path:

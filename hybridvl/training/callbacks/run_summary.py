@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from hybridvl.checkpoints.files import text_writer, write_files
 from hybridvl.training.base import TrainingModule
 from hybridvl.training.callbacks.checkpoints import BEST, LAST, Checkpoints, checkpoint_folder
 from hybridvl.training.callbacks.skipped import SkippedSamples
@@ -26,7 +26,8 @@ class RunSummary(Callback):
 
     Keys: metrics (the latest value of each), pattern, parameters, trainable_parameters, steps, tokens, samples,
     seconds (of training steps), skipped (samples that were too long, by split), checkpoint, versions; and ended, the
-    time at which a fit was through with its test, too: whoever waits for a run looks for that.
+    time at which a fit was through with its test, too: whoever waits for a run looks for that. What a validation or a
+    test finds after that is not the fit's, and has a key of its own, later.
     """
 
     def __init__(self) -> None:
@@ -62,6 +63,12 @@ class RunSummary(Callback):
             }
         self._facts |= {"steps": trainer.global_step, "checkpoint": _checkpoint(trainer)}
         self._write(trainer, pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take back that it has ended, if this is a run that is gone on with."""
+        path = run_folder(trainer) / FILE
+        if trainer.is_global_zero and not is_dry_run(trainer) and path.exists():
+            write_json(path, {name: value for name, value in _read(path).items() if name != "ended"})
 
     def finish(self, trainer: Trainer) -> None:
         """Say in metrics.json that nothing of the fit is left to do."""
@@ -101,10 +108,10 @@ class RunSummary(Callback):
             return
         parameters = list(module.parameters())
         path = run_folder(trainer) / FILE
-        # A later validation or test of the run adds to what its fit has written.
         earlier = _read(path) if path.exists() else {}
-        if trainer.state.fn == "fit":
-            earlier.pop("ended", None)
+        if "ended" in earlier:
+            write_json(path, {**earlier, "later": {**earlier.get("later", {}), **self.metrics}})
+            return
         facts = {
             **earlier,
             "metrics": {**earlier.get("metrics", {}), **self.metrics},
@@ -134,10 +141,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    write_files(path.parent, {path.name: text_writer(text)})
 
 
 def _checkpoint(trainer: Trainer) -> str | None:
