@@ -1,0 +1,1 @@
+"""Which layers of a teacher should keep attention: layers ranked, placements built under a budget and validated."""
