@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hybridvl.ablation.search_range import Range, read_range
 from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.mappings import require_known, require_mapping, require_path
 from hybridvl.pipeline.references import filled, flat, references, require_value
@@ -15,7 +16,7 @@ OWN = ("run.root", "run.name", "run.version", "run.labels", "run.metrics", "ckpt
 """Keys of recipes that a study decides about."""
 
 SAYS = "the study says this itself (its name, root, axes, seeds and metrics)"
-_KEYS = ("key", "values")
+_KEYS = ("key", "values", "range")
 _NAME_HINT = "expected a name of letters, digits, '_' and '-' that begins with a letter"
 
 
@@ -27,12 +28,18 @@ class Axis:
         name: of the axis; `${axes.NAME}` is its value in a cell.
         key: the path in the recipe that it sets; None for values that are mappings of paths to values, or that only
             references use.
-        values: by label; references to other axes still stand in them.
+        values: by label; references to other axes still stand in them. Of a range its ends, see `value`.
+        range: the numbers that a search draws from; None for an axis that has values.
     """
 
     name: str
     key: str | None
     values: Mapping[str, Any]
+    range: Range | None = None
+
+    def value(self, label: str) -> Any:
+        """What a label stands for."""
+        return self.values[label] if self.range is None else self.range.value(label)
 
     def overrides(self, value: Any) -> dict[str, Any]:
         """What a value of the axis, references put in, sets in the recipe."""
@@ -77,7 +84,7 @@ def axis_values(axes: Sequence[Axis], labels: Mapping[str, str]) -> dict[str, An
     while waiting:
         axis = next(axis for axis in waiting if not _needs(axis, waiting))
         waiting.remove(axis)
-        value = filled(axis.values[labels[axis.name]], found)
+        value = filled(axis.value(labels[axis.name]), found)
         found[f"axes.{axis.name}"] = value
         if isinstance(value, Mapping):
             found |= flat(f"axes.{axis.name}", value)
@@ -105,11 +112,16 @@ def _axis(name: Any, description: Any, shared: Mapping[str, Any]) -> Axis:
     place = f"axes.{name}"
     description = require_mapping(place, description, "key and values")
     require_known(f"{place}.", description, _KEYS)
-    if "values" not in description:
+    if "range" in description and "values" in description:
+        raise ConfigError(f"{place}.range: the axis has values, too; expected one of the two")
+    if "range" not in description and "values" not in description:
         raise ConfigError(f"{place}.values: missing; expected a list of values, or a mapping of labels to values")
     key = description.get("key")
     if key is not None:
         require_path(f"{place}.key: {key!r}", key, key, OWN, SAYS)
+    if "range" in description:
+        numbers = read_range(f"{place}.range", filled(description["range"], shared))
+        return Axis(name, key, numbers.ends, numbers)
     given = filled(description["values"], shared)
     axis = Axis(name, key, _labelled(f"{place}.values", given))
     for label, value in axis.values.items():
@@ -149,6 +161,11 @@ def _labelled(place: str, given: Any) -> dict[str, Any]:
 
 
 def _require_paths(axis: Axis) -> None:
+    if axis.range is not None:
+        raise ConfigError(
+            f"axes.{axis.name}.key: missing; expected the path that the numbers are for, as nothing refers to "
+            f"${{axes.{axis.name}}}"
+        )
     for label, value in axis.values.items():
         if not isinstance(value, Mapping):
             raise ConfigError(

@@ -59,8 +59,8 @@ class Run:
 
 
 def cells(study: Study) -> list[Cell]:
-    """The cells of a study in the order of its file; ConfigError when two of them are the same."""
-    found = [_cell(study, labels) for labels in study.combinations()]
+    """The cells of a study in the order of its file, see `Study.combinations`; ConfigError if two are the same."""
+    found = [cell_of(study, labels) for labels in study.combinations()]
     by_content: dict[str, Cell] = {}
     recipes = [read_mapping(path) for path in study.recipes]
     for cell in found:
@@ -76,9 +76,11 @@ def cells(study: Study) -> list[Cell]:
 def baseline_of(study: Study, found: Sequence[Cell], cell: Cell) -> Cell | None:
     """The cell that a cell is compared with: it has the baseline's labels, and the cell's own on the other axes.
 
-    None when that one is excluded.
+    None when that one is excluded. In a search it is there to be matched with, whether or not it is a trial.
     """
     labels = {**cell.labels, **study.baseline}
+    if study.search is not None:
+        return None if any(entry.items() <= labels.items() for entry in study.exclude) else cell_of(study, labels)
     return next((other for other in found if other.labels == labels), None)
 
 
@@ -106,7 +108,8 @@ def with_override(cell: Cell, path: str, value: Any) -> Cell:
     return dataclasses.replace(cell, overrides=_folded({**cell.overrides, path: value}))
 
 
-def _cell(study: Study, labels: dict[str, str]) -> Cell:
+def cell_of(study: Study, labels: dict[str, str]) -> Cell:
+    """The cell that has a label of every axis."""
     values = axis_values(study.axes, labels)
     overrides: dict[str, Any] = {}
     for source in (study.overrides, *(axis.overrides(values[f"axes.{axis.name}"]) for axis in study.axes)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -68,16 +69,24 @@ class RunRecord:
         return read_record(self.folder / "progress.json")
 
     @property
+    def validations(self) -> list[dict[str, Any]]:
+        """What its validations came to, a mapping of step, steps and metrics each; a resumed run may repeat some."""
+        path = self.folder / "validations.jsonl"
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # the last one may be half of one
+        found = [_mapping(line) for line in lines]
+        return [entry for entry in found if entry]
+
+    @property
     def state(self) -> State:
         """ "done" when its fit is through with everything; "failed" when it gave up; "stopped" when it was ended;
         "pruned" when a search has given it up, however far it came until its process heard of that.
 
         What the fit itself has written decides whether it is done, so that it is so even if nobody was left to see it.
         """
-        if not self.started.exists():
-            return "new"
         if self.pruned.exists():
             return "pruned"
+        if not self.started.exists():
+            return "new"
         if "ended" in self.metrics:
             return "done"
         ended = read_record(self.ended)
@@ -130,9 +139,9 @@ class RunRecord:
         facts = {"status": ended.status, "signal": ended.signal, "reason": self._reason(ended), "ended": _now()}
         write_record(self.ended, facts)
 
-    def prune(self, step: int, value: float, reason: str) -> None:
-        """Write that a search gives it up at an optimizer step, where its metric had a value."""
-        write_record(self.pruned, {"step": step, "value": value, "reason": reason, "pruned": _now()})
+    def prune(self, reason: str) -> None:
+        """Write that a search gives it up, and why."""
+        write_record(self.pruned, {"reason": reason, "pruned": _now()})
 
     def _reason(self, ended: Ended) -> str:
         if not ended.status and "ended" in self.metrics:
@@ -221,3 +230,12 @@ def _last_lines(path: Path, start: int) -> list[str]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _mapping(line: bytes) -> dict[str, Any]:
+    """A line of JSON; {} for half of one, which a process that was killed has left."""
+    try:
+        content = json.loads(line)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}

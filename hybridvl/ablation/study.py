@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from hybridvl.ablation.axes import OWN, SAYS, Axis, label_of, read_axes, require_references
 from hybridvl.ablation.claims import read_claims, require_cells
+from hybridvl.ablation.search_space import SEARCH_KEYS, Search, read_search
 from hybridvl.layers.errors import ConfigError, within
 from hybridvl.pipeline.mappings import (
     read_mapping,
@@ -26,7 +27,7 @@ DEFAULT_BY = "model.net.mlp_width"
 
 _KEYS = (
     *("name", "root", "recipe", "values", "overrides", "axes"),
-    *("seeds", "exclude", "baseline", "match", "metrics", "tune", "claims"),
+    *("seeds", "exclude", "baseline", "match", "metrics", "tune", "claims", "search"),
 )
 _MATCH_KEYS = ("budget", "by", "context", "tolerance", "multiple_of")
 _MOST_SEEDS = 2**32  # of numpy
@@ -70,6 +71,7 @@ class Study:
         metrics: tags of what is compared.
         tune: axes that are chosen for each cell by itself, each with the tag of the metric that decides.
         claims: what the report gives its verdict on, see `hybridvl.ablation.claims`; as the file states them.
+        search: how cells are chosen; None: all combinations of labels are cells.
     """
 
     path: Path
@@ -85,6 +87,7 @@ class Study:
     metrics: tuple[str, ...]
     tune: Mapping[str, str] = field(default_factory=dict)
     claims: tuple[Mapping[str, Any], ...] = ()
+    search: Search | None = None
 
     @property
     def folder(self) -> Path:
@@ -92,7 +95,10 @@ class Study:
         return self.root / self.name
 
     def combinations(self) -> list[dict[str, str]]:
-        """The labels of every cell by axis, in the order of the file: the last axis varies fastest."""
+        """The labels of every cell by axis, in the order of the file: the last axis varies fastest.
+
+        Of a search, whose cells are not known before it is done, those at the ends of ranges.
+        """
         return combinations({axis.name: list(axis.values) for axis in self.axes}, self.exclude)
 
 
@@ -108,7 +114,8 @@ def read_study(path: Path, changes: Mapping[str, str] | None = None) -> Study:
     Args:
         path: the file; recipes are looked up beside it.
         changes: YAML text by path in the file, in place of what the file says: name, root, values.NAME,
-            overrides.PATH, axes.NAME.key, axes.NAME.values, match.KEY, and the other keys as a whole.
+            overrides.PATH, axes.NAME.key, axes.NAME.values, axes.NAME.range, match.KEY, search.KEY, and the other keys
+            as a whole.
 
     Raises:
         ConfigError: naming the file, the place in it, what stands there and what is accepted.
@@ -125,6 +132,9 @@ def read_study(path: Path, changes: Mapping[str, str] | None = None) -> Study:
         axes = read_axes(content.get("axes"), shared, [overrides])
         for key, value in overrides.items():
             require_references(f"overrides.{key}", value, shared, [axis.name for axis in axes])
+        exclude = _exclude(filled(content.get("exclude"), shared), axes)
+        search = read_search(filled(content.get("search"), shared), axes, exclude)
+        metrics = _metrics(filled(content.get("metrics"), shared))
         study = Study(
             path=path,
             name=shared["name"],
@@ -133,14 +143,18 @@ def read_study(path: Path, changes: Mapping[str, str] | None = None) -> Study:
             overrides=overrides,
             axes=axes,
             seeds=_seeds(filled(content.get("seeds", [0]), shared)),
-            exclude=_exclude(filled(content.get("exclude"), shared), axes),
-            baseline=_baseline(filled(content.get("baseline"), shared), axes),
+            exclude=exclude,
+            baseline=_baseline(filled(content.get("baseline"), shared), axes, search),
             matches=_matches(filled(content.get("match"), shared)),
-            metrics=_metrics(filled(content.get("metrics"), shared)),
+            metrics=metrics if search is None else tuple(dict.fromkeys((search.metric, *metrics))),
             tune=_tune(filled(content.get("tune"), shared), axes),
             claims=_claims(filled(content.get("claims"), shared)),
+            search=search,
         )
-        _check_cells(study)
+        if search is None:
+            _check_cells(study)
+        else:
+            _check_search(study)
     return study
 
 
@@ -168,10 +182,17 @@ def _exclude(given: Any, axes: Sequence[Axis]) -> tuple[dict[str, str], ...]:
         return ()
     if not isinstance(given, list):
         raise ConfigError(f"exclude: {given!r}; expected a list of mappings of axes to labels")
-    return tuple(_labels(f"exclude[{number}]", entry, axes) for number, entry in enumerate(given))
+    excluded = tuple(_labels(f"exclude[{number}]", entry, axes) for number, entry in enumerate(given))
+    for number, entry in enumerate(excluded):
+        ranged = next((axis.name for axis in axes if axis.range is not None and axis.name in entry), None)
+        if ranged is not None:
+            raise ConfigError(f"exclude[{number}].{ranged}: the axis has a range; expected labels of axes with values")
+    return excluded
 
 
-def _baseline(given: Any, axes: Sequence[Axis]) -> dict[str, str]:
+def _baseline(given: Any, axes: Sequence[Axis], search: Search | None) -> dict[str, str]:
+    if given is None and search is not None:
+        return {}
     if given is None:
         return {axis.name: next(iter(axis.values)) for axis in axes}
     return _labels("baseline", given, axes)
@@ -186,7 +207,12 @@ def _labels(place: str, given: Any, axes: Sequence[Axis]) -> dict[str, str]:
     require_known(f"{place}.", content, list(by_name))
     found = {name: label_of(label) for name, label in content.items()}
     for name, label in found.items():
-        _require_label(f"{place}.{name}", label, by_name[name].values)
+        numbers = by_name[name].range
+        if numbers is None:
+            _require_label(f"{place}.{name}", label, by_name[name].values)
+            continue
+        with within(f"{place}.{name}"):
+            found[name] = label_of(numbers.value(label))
     return found
 
 
@@ -266,6 +292,18 @@ def _check_cells(study: Study) -> None:
         require_cells(read_claims(list(study.claims)), left, study.tune)
 
 
+def _check_search(study: Study) -> None:
+    """Raise ConfigError for what has no meaning where cells are chosen one after another."""
+    ranged = [axis.name for axis in study.axes if axis.range is not None]
+    fixed = {name: label for name, label in study.baseline.items() if name not in ranged}
+    if not any(fixed.items() <= labels.items() for labels in study.combinations()):
+        raise ConfigError("baseline: is excluded, or all is; expected labels of a cell that is not")
+    if study.matches and not study.baseline:
+        raise ConfigError("match: a search has no first cell to match with; expected `baseline` to say with which one")
+    if study.claims:
+        raise ConfigError("claims: nobody knows which cells a search will have; expected none, or no search")
+
+
 def _count(axes: Sequence[Axis]) -> int:
     count = 1
     for axis in axes:
@@ -278,6 +316,9 @@ def _change(content: dict[str, Any], key: str, value: Any) -> None:
     section, _, rest = key.partition(".")
     if rest and section == "overrides":
         content[section] = {**(content.get(section) or {}), rest: value}
+    elif rest and section == "search":
+        require_known("search.", [rest], SEARCH_KEYS)
+        content[section] = {**require_mapping("search", content.get(section) or {}, "keys to values"), rest: value}
     elif rest and section == "match":
         require_known("match.", [rest], _MATCH_KEYS)
         given = content.get(section) or {}
@@ -290,12 +331,16 @@ def _change(content: dict[str, Any], key: str, value: Any) -> None:
         name, _, leaf = rest.partition(".")
         axes = require_mapping("axes", content.get("axes") or {}, "names to {key, values}")
         require_known("axes.", [name], [str(axis) for axis in axes])
-        require_known(f"axes.{name}.", [leaf], ("key", "values"))
-        require_mapping(f"axes.{name}", axes[name], "key and values")[leaf] = value
-    elif not rest and section in ("recipe", "seeds", "exclude", "baseline", "match", "metrics"):
+        require_known(f"axes.{name}.", [leaf], ("key", "values", "range"))
+        axis = require_mapping(f"axes.{name}", axes[name], "key and values")
+        if leaf != "key":  # an axis has the one or the other
+            axis.pop("range", None)
+            axis.pop("values", None)
+        axis[leaf] = value
+    elif not rest and section in ("recipe", "seeds", "exclude", "baseline", "match", "metrics", "search"):
         content[section] = value
     else:
         raise ConfigError(
-            f"{key}: expected name, root, recipe, values.NAME, overrides.PATH, axes.NAME.values, axes.NAME.key, "
-            "match.KEY, seeds, exclude, baseline or metrics"
+            f"{key}: expected name, root, recipe, values.NAME, overrides.PATH, axes.NAME.values, axes.NAME.range, "
+            "axes.NAME.key, match.KEY, search.KEY, seeds, exclude, baseline or metrics"
         )

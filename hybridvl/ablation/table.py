@@ -33,17 +33,20 @@ def cell_rows(matched: Sequence[Matched]) -> list[dict[str, Any]]:
     ]
 
 
-def cell_table(study: Study, matched: Sequence[Matched], more: Mapping[str, Sequence[str]] | None = None) -> Table:
+def cell_table(
+    study: Study, matched: Sequence[Matched], more: Mapping[str, Sequence[str]] | None = None, title: str = ""
+) -> Table:
     """The same for a terminal.
 
     Args:
         study: the study.
         matched: its cells.
         more: further columns, a text for each cell by the column's heading.
+        title: above the table; "": how many cells, seeds and runs there are.
     """
     more = more or {}
     count = len(matched) * len(study.seeds)
-    title = (
+    title = title or (
         f"{study.name}: {_number(len(matched), 'cell')} x {_number(len(study.seeds), 'seed')} = {_number(count, 'run')}"
     )
     table = Table(title=escape(title), title_justify="left", box=box.ROUNDED, caption_justify="left")

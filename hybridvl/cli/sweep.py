@@ -27,7 +27,8 @@ from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.mappings import yaml_value
 
 _FLAG = re.compile(
-    r"--(?P<key>name|root|recipe|seeds|exclude|baseline|match|metrics|(?:values|overrides|axes|match)\.[^=]+)"
+    r"--(?P<key>name|root|recipe|seeds|exclude|baseline|match|metrics|search"
+    r"|(?:values|overrides|axes|match|search)\.[^=]+)"
     r"(?:=(?P<value>.*))?",
     re.DOTALL,
 )
@@ -45,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
     _refuse_idle_flags(options, [match["key"] for match, _ in slurm_flags])
     slurm = {match["key"]: yaml_value(f"--slurm.{match['key']}", value) for match, value in slurm_flags}
     study = read_study(Path(options.file), {match["key"]: value for match, value in flags})
+    if study.search is not None:
+        return _search(study, options)
     matched = match_cells(study, cells(study))
     found = runs(study, [entry.cell for entry in matched])
     over = {*OVER, *([] if options.retry_failed else ["failed"])}
@@ -61,6 +64,26 @@ def main(argv: Sequence[str]) -> int:
     with SweepView(study.metrics or ("test/exact",)) as view:
         engine = _run(Work(found, study.folder, options.retry_failed, view), options, slurm)
     return _report(study, found, engine, view)
+
+
+def _search(study: Study, options: argparse.Namespace) -> int:
+    """The same for a study whose cells are chosen one after another."""
+    from hybridvl.ablation.search_engine import SearchEngine  # Optuna, and Lightning, take long to import
+    from hybridvl.cli.sweep_search import check_search, show_search, trial_lines
+
+    if options.engine != "local":
+        raise ConfigError(f"--engine {options.engine}: searches run through --engine local; start it on each machine")
+    check_search(study)
+    places = own_slots(options.jobs)
+    if options.dry_run:
+        compare_study(study, options.extend)
+        show_search(study, places, options.probe)
+        return 0
+    record_study(study, options.extend)
+    with SweepView(study.metrics) as view:
+        engine = SearchEngine(study, places, options.retry_failed, view)
+        engine.run()
+    return _report(study, engine.runs, engine, view, trial_lines(study))
 
 
 def _refuse_idle_flags(options: argparse.Namespace, slurm: Sequence[str]) -> None:
@@ -112,12 +135,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, show the cells, do nothing")
     parser.add_argument("--no-probe", dest="probe", action="store_false", help="in a dry run, measure no steps")
-    parser.add_argument("--extend", action="store_true", help="allow cells and seeds that the study has not had so far")
+    parser.add_argument("--extend", action="store_true", help="allow cells, seeds and trials beyond those so far")
     parser.add_argument("--retry-failed", action="store_true", help="try runs again that have failed")
     for key, what in (("name", "folder of the study"), ("root", "folder of all studies"), ("seeds", "list of seeds")):
         parser.add_argument(f"--{key}", metavar="VALUE", help=f"{what}, in place of the file's")
     parser.add_argument("--overrides.PATH", metavar="VALUE", help="a value of the recipe, by its path there")
     parser.add_argument("--axes.NAME.values", metavar="VALUE", help="in place of the values of an axis")
+    parser.add_argument("--search.KEY", metavar="VALUE", help="in place of a key of the search, such as trials")
     parser.add_argument("--values.KEY", metavar="VALUE", help="in place of one of the file's values")
     return parser
 
@@ -143,8 +167,8 @@ def _show(
     table_console().print(cell_table(study, matched, more))
 
 
-def _report(study: Study, found: Sequence[Run], engine: Engine, view: SweepView) -> int:
-    print(f"\n{study.name}: {view.summary(engine)}")
+def _report(study: Study, found: Sequence[Run], engine: Engine, view: SweepView, trials: Sequence[str] = ()) -> int:
+    print("\n".join((f"\n{study.name}: {view.summary(engine)}", *trials)))
     for index, (run, status) in enumerate(zip(found, engine.statuses, strict=True)):
         if status in ("failed", "stopped"):
             log = engine.records[index].log
@@ -162,4 +186,4 @@ def _report(study: Study, found: Sequence[Run], engine: Engine, view: SweepView)
         print("the same command goes on with those that were stopped")
     print(f"report       hybridvl report {shlex.quote(str(study.folder))}")
     print(f"watch        tensorboard --logdir {shlex.quote(str(study.folder))}")
-    return int(counts["done"] < len(found))
+    return int(sum(counts[status] for status in OVER.values()) < len(found))

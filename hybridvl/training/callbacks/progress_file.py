@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +15,12 @@ from hybridvl.training.callbacks.throughput import Throughput
 from hybridvl.training.trainer import is_dry_run, run_folder
 
 NAME = "progress.json"
+VALIDATIONS = "validations.jsonl"
 
 
 class ProgressFile(Callback):
     """Writes progress.json in the run folder: a new one at most once a second, and at the end of every part of the fit.
+    Every validation of the fit adds a line to validations.jsonl: step, steps, and metrics, those of the validation.
 
     Keys: doing ("train", "validate" or "test"), step, steps (null without an end), seconds and tokens of training so
     far, metrics (the latest value of each).
@@ -42,8 +46,17 @@ class ProgressFile(Callback):
         self._write(trainer, "validate")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write."""
+        """Write, and add a line about the validation."""
         self._write(trainer, "train")
+        counts = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if trainer.is_global_zero and counts and not is_dry_run(trainer):
+            found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+            line = json.dumps({"step": trainer.global_step, "steps": _steps(trainer), "metrics": found})
+            # A process that was killed may have left half a line.
+            with (run_folder(trainer) / VALIDATIONS).open("a+b") as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(0, end - 1))
+                file.write((b"" if file.read() in (b"", b"\n") else b"\n") + line.encode() + b"\n")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write."""
@@ -54,14 +67,19 @@ class ProgressFile(Callback):
             return
         self._written = self._clock()
         self._metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
-        total = trainer.estimated_stepping_batches if trainer.state.fn == "fit" else trainer.global_step
         speed = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
         facts: dict[str, Any] = {
             "doing": doing,
             "step": trainer.global_step,
-            "steps": None if total == float("inf") else int(total),
+            "steps": _steps(trainer),
             "seconds": 0.0 if speed is None else round(speed.seconds, 3),
             "tokens": 0 if speed is None else speed.tokens,
             "metrics": self._metrics,
         }
         write_json(run_folder(trainer) / NAME, facts)
+
+
+def _steps(trainer: Trainer) -> int | None:
+    """Optimizer steps of the whole fit; None without an end."""
+    total = trainer.estimated_stepping_batches if trainer.state.fn == "fit" else trainer.global_step
+    return None if total == float("inf") else int(total)

@@ -1,0 +1,216 @@
+"""The engine of a search: chooses a trial when there is room, gives up what goes badly, and tells how trials ended."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+from hybridvl.ablation.cells import Cell, Run, cell_of, runs
+from hybridvl.ablation.engine import OVER, Engine, SignalFile, Work, unwatched
+from hybridvl.ablation.local import LocalEngine, Slot
+from hybridvl.ablation.matching import match_cells
+from hybridvl.ablation.records import RunRecord
+from hybridvl.ablation.search_trials import Point, Trial, Trials
+from hybridvl.ablation.study import Study
+from hybridvl.layers.errors import ConfigError
+
+_POLL_OTHERS = 2.0  # seconds between two looks at what other sweeps have chosen
+
+
+class SearchEngine(LocalEngine):
+    """Runs the trials of a search: each with the first seed, and with the others if it has come through that.
+
+    What stands on disk about the runs is the truth: trials that a killed sweep has left are gone on with, and told to
+    the search when their runs have ended, whoever ran them.
+
+    Args:
+        study: a study with a search.
+        places: where; one process each at a time.
+        retry_failed: whether runs that have failed are tried again.
+        watch: called with the engine some times a second, and once at the end.
+        signals: that it gets by a file, besides those of its own process.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        places: Sequence[Slot],
+        retry_failed: bool = False,
+        watch: Callable[[Engine], None] = unwatched,
+        signals: SignalFile | None = None,
+    ) -> None:
+        super().__init__(Work([], study.folder, retry_failed, watch), places, signals)
+        assert study.search is not None
+        self._study, self._search = study, study.search
+        self._trials = Trials(study, study.folder)
+        self._planned: dict[int, list[Run]] = {}  # runs of each trial by its number, in the order of seeds
+        self._known: dict[int, list[int]] = {}  # those of them that have begun to count, by their place in self.runs
+        self._open: dict[int, Trial] = {}  # trials by the place of their first run, while its end is not known
+        self._judged: dict[int, int] = {}  # validations of first runs that have been looked at
+        self._mistake: ConfigError | None = None
+        self._looked_at_trials = float("-inf")
+
+    def run(self) -> None:
+        """As of any study; a mistake that shows only now stops all runs in order, and is raised then."""
+        super().run()
+        if self._mistake is not None:
+            raise self._mistake
+
+    def _reap(self) -> None:
+        self._guarded(self._judge_running)
+        before = len(self._running)
+        super()._reap()
+        if len(self._running) < before:
+            self._looked_at_trials = float("-inf")
+
+    def _fill(self) -> None:
+        self._guarded(self._fill_and_choose)
+
+    def _guarded(self, step: Callable[[], None]) -> None:
+        if self._stopping():
+            return
+        try:
+            step()
+        except ConfigError as error:
+            self._mistake = error
+            self._hand_on(signal.SIGTERM, kill=False)
+
+    def _fill_and_choose(self) -> None:
+        """Start what waits; with room left, go on with the next seeds of trials, or choose another trial."""
+        while True:
+            if time.monotonic() - self._looked_at_trials >= _POLL_OTHERS:
+                self._look_at_trials()
+            before = list(self.statuses)
+            super()._fill()
+            if self._stopping() or "waiting" in self.statuses or not self._free:
+                return
+            if self.statuses != before:
+                self._looked_at_trials = float("-inf")
+            elif not self._choose():
+                return
+
+    def _choose(self) -> bool:
+        """Whether there was one more trial to choose."""
+        trial = self._trials.ask()
+        if trial is not None:
+            self._go_on_with(trial)
+            self._count_ahead(len(self._planned))
+        return trial is not None
+
+    def _look_at_trials(self) -> None:
+        """Take up what other sweeps have chosen, tell what has ended."""
+        found = self._trials.all()
+        for trial in found:
+            self._go_on_with(trial)
+        self._count_ahead(len(found))
+        self._looked_at_trials = time.monotonic()
+
+    def _go_on_with(self, trial: Trial) -> None:
+        """Let as many of its runs count as it has come to, and tell the search how it ended."""
+        if trial.number not in self._planned:
+            self._planned[trial.number] = runs(self._study, [trial_cell(self._study, trial.labels)])
+            self._known[trial.number] = []
+            self._add(trial, 1)
+        first = self._known[trial.number][0]
+        if trial.state == "running":
+            self._open[first] = trial
+        if self.statuses[first] == "done" and first in self._open:
+            self._judge(first, has_ended=True)
+        elif trial.state == "pruned" and self.statuses[first] not in ("pruned", "running"):
+            self._give_up(first, trial.given_up, trial.value, has_ended=True)  # the sweep that judged it was killed
+        status = self.statuses[first]
+        if status == "pruned":
+            self._told(trial, first, "pruned")
+        elif status == "done":
+            self._add(trial, len(self._study.seeds))
+            statuses = [self.statuses[place] for place in self._known[trial.number]]
+            if all(status == "done" for status in statuses):
+                value = fmean(self._value(place) for place in self._known[trial.number])
+                self._told(trial, first, "failed" if math.isnan(value) else value)
+            elif "failed" in statuses and set(statuses) <= {"done", "failed"}:
+                self._told(trial, first, "failed")
+        elif status == "failed":
+            self._told(trial, first, "failed")
+
+    def _add(self, trial: Trial, count: int) -> None:
+        """Let so many of its runs count."""
+        for run in self._planned[trial.number][len(self._known[trial.number]) : count]:
+            record = RunRecord(run.folder)
+            record.check(run.key)
+            state = record.state
+            self._known[trial.number].append(len(self.runs))
+            self.runs.append(run)
+            self.records.append(record)
+            self.statuses.append(OVER.get(state, "waiting"))
+
+    def _told(self, trial: Trial, first: int, value: Any) -> None:
+        if trial.state == "running" or (trial.state == "failed" and value != "failed"):
+            self._trials.tell(trial, value)
+            self._open.pop(first, None)
+
+    def _count_ahead(self, chosen: int) -> None:
+        """How many runs are to come, if no more trials are given up."""
+        undecided = sum(self.statuses[known[0]] not in ("pruned", "failed") for known in self._known.values())
+        more = sum(self.statuses[known[0]] in ("pruned", "failed") for known in self._known.values())
+        seeds = len(self._study.seeds)
+        self.ahead = (self._search.trials - chosen + undecided) * seeds + more - len(self.runs)
+
+    def _judge_running(self) -> None:
+        for running in list(self._running):
+            if running.index in self._open and self._judge(running.index, has_ended=False):
+                running.process.send_signal(signal.SIGTERM)
+
+    def _judge(self, first: int, has_ended: bool) -> bool:
+        """Report the validations of a trial's first run; whether it was given up for one of them."""
+        record, trial = self.records[first], self._open[first]
+        curve = self._curve(record)
+        new = curve[self._judged.get(first, 0) :]
+        if not new and not has_ended:
+            return False
+        self._judged[first] = len(curve)
+        point = self._trials.judge(trial, new, has_ended)
+        if point is None:
+            return False
+        self._open.pop(first)
+        self._give_up(first, point.step, point.value, has_ended)
+        return True
+
+    def _give_up(self, first: int, step: int | None, value: float | None, has_ended: bool) -> None:
+        shown = "" if value is None else f", with {self._search.metric} {value:.4g}"
+        self.records[first].prune(f"at step {step}{shown}")
+        if has_ended:
+            self.statuses[first] = "pruned"
+
+    def _curve(self, record: RunRecord) -> list[Point]:
+        """The search's metric at each validation of a run, once each, though a resumed run may repeat some."""
+        found: dict[int, Point] = {}
+        for entry in record.validations:
+            value = entry["metrics"].get(self._search.metric)
+            if value is None:
+                raise self._not_logged(record, entry["metrics"])
+            found.setdefault(entry["step"], Point(entry["step"], entry["steps"], value))
+        return list(found.values())
+
+    def _value(self, place: int) -> float:
+        metrics = self.records[place].metrics.get("metrics", {})
+        value = metrics.get(self._search.metric)
+        if value is None:
+            raise self._not_logged(self.records[place], metrics)
+        return float(value)
+
+    def _not_logged(self, record: RunRecord, metrics: dict[str, float]) -> ConfigError:
+        known = ", ".join(sorted(name for name in metrics if name.startswith("val/"))) or "none of the validation"
+        return ConfigError(
+            f"{self._study.path}: search.metric: {self._search.metric!r} was not logged by {record.folder}; "
+            f"it logged {known}; another metric needs a study of another name"
+        )
+
+
+def trial_cell(study: Study, labels: dict[str, str]) -> Cell:
+    """The cell of a trial, with its budgets matched."""
+    cell = cell_of(study, labels)
+    return match_cells(study, [cell])[0].cell if study.matches else cell

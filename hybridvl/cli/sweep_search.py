@@ -1,0 +1,90 @@
+"""What `hybridvl sweep` says and checks of a study with a search: its space, its first trials, its best one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from statistics import fmean
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from hybridvl.ablation.cells import Cell, cell_of, cells, runs
+from hybridvl.ablation.local import Slot
+from hybridvl.ablation.matching import match_cells
+from hybridvl.ablation.search_trials import JOURNAL, Trials
+from hybridvl.ablation.study import Study
+from hybridvl.ablation.table import cell_table
+from hybridvl.cli.output import table_console
+from hybridvl.cli.recipe_check import check_study
+from hybridvl.cli.sweep_view import duration
+
+_SHOWN = 5  # of the first trials
+
+
+def check_search(study: Study) -> None:
+    """Raise ConfigError for what a fit would refuse of any label, or of the ends of a range."""
+    seen: set[tuple[str, str]] = set()
+    telling: list[Cell] = []
+    for cell in cells(study):
+        if not set(cell.labels.items()) <= seen:
+            seen |= set(cell.labels.items())
+            telling.append(cell)
+    check_study(study, runs(study, [entry.cell for entry in match_cells(study, telling)]))
+
+
+def show_search(study: Study, places: Sequence[Slot], probe: bool) -> None:
+    """What there is to choose from, and what the first trials cost."""
+    assert study.search is not None
+    search, console = study.search, table_console()
+    print(f"{search.trials} trials x {len(study.seeds)} seeds, {len(places)} runs at a time")
+    for line in trial_lines(study):
+        print(line)
+    space = Table(title="the space", title_justify="left", box=box.ROUNDED)
+    for heading in ("axis", "sets", "values"):
+        space.add_column(heading, overflow="fold")
+    for axis in study.axes:
+        numbers = axis.range
+        drawn = ", ".join(axis.values) if numbers is None else " to ".join(axis.values)
+        if numbers is not None:
+            drawn += f" in steps of {numbers.step:g}" if numbers.step else ", whole numbers" if numbers.is_whole else ""
+            drawn += ", by orders of magnitude" if numbers.log else ""
+        space.add_row(escape(axis.name), escape(axis.key or ""), escape(drawn))
+    console.print(space)
+    first = Trials(study, None)
+    # What comes after the startup trials depends on how those end.
+    count = min(_SHOWN, search.trials, max(1, search.startup) if search.sampler == "tpe" else _SHOWN)
+    asked = [trial for _ in range(count) if (trial := first.ask()) is not None]
+    matched = match_cells(study, [cell_of(study, trial.labels) for trial in asked])
+    more = {}
+    if probe:
+        from hybridvl.cli.sweep_probe import measured_times
+
+        count = len(matched)
+        seconds = measured_times(runs(study, [entry.cell for entry in matched])[:count], places[0])
+        more = {"training\nof a run": ["?" if time is None else duration(time) for time in seconds]}
+        known = [time for time in seconds if time is not None]
+        if known:
+            total = fmean(known) * search.trials * len(study.seeds) / len(places)
+            print(f"about {duration(total)} of training if no trial is given up, by a few steps of the first {count}")
+    console.print(cell_table(study, matched, more, title=f"the first {len(matched)} trials"))
+
+
+def trial_lines(study: Study) -> list[str]:
+    """How many trials ended how, and the best of them; nothing before the first was chosen."""
+    if study.search is None or not (study.folder / JOURNAL).exists():
+        return []
+    found = Trials(study, study.folder).all()
+    counts = Counter(trial.state for trial in found)
+    shown = ", ".join(
+        f"{counts[state]} {state}" for state in ("complete", "pruned", "failed", "running") if counts[state]
+    )
+    lines = [f"trials       {len(found)} of {study.search.trials} chosen: {shown}"] if found else []
+    values = {trial.number: trial.value for trial in found if trial.state == "complete" and trial.value is not None}
+    if values:
+        best = (max if study.search.direction == "max" else min)(values, key=lambda number: values[number])
+        trial = next(trial for trial in found if trial.number == best)
+        labels = ", ".join(f"{name}={label}" for name, label in trial.labels.items())
+        lines.append(f"best         {study.search.metric} {values[best]:.4f} with {labels}")
+    return lines
