@@ -31,6 +31,9 @@ def unwatched(engine: Engine) -> None:
     """Tell nobody."""
 
 
+Watch = Callable[["Engine"], None]
+
+
 @dataclass(frozen=True)
 class Work:
     """What an engine is asked to do.
@@ -45,7 +48,7 @@ class Work:
     runs: Sequence[Run]
     folder: Path
     retry_failed: bool = False
-    watch: Callable[[Engine], None] = unwatched
+    watch: Watch = unwatched
 
 
 class Engine:

@@ -106,7 +106,7 @@ class LocalEngine(Engine):
             ConfigError: not even the first run could be begun. Afterwards, a run whose record cannot be kept has
                 failed, and the others go on.
         """
-        with handled_by(self._heed):
+        with handled_by(self._stop):
             while True:
                 if self._signals is not None and (count := self._signals.count):
                     self._hand_on(signal.SIGTERM, kill=count > 1)
@@ -119,7 +119,7 @@ class LocalEngine(Engine):
                     return
                 time.sleep(_POLL)
 
-    def _heed(self, number: int, frame: object) -> None:
+    def _stop(self, number: int, frame: object) -> None:
         self._came += 1
         self._hand_on(number, kill=self._came > 1)
 

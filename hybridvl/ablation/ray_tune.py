@@ -43,8 +43,8 @@ def run_on_ray(work: Work, at_a_time: int | None, cores: int, gpus: int) -> Engi
     if not share.runs:
         onlooker.follow(lambda: False)
         return onlooker
-    # Not Tune's own event files beside the runs', and no second Ray where the first has been shut down.
-    os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_ENABLE_AUTO_CONNECT="0")
+    # Not Tune's own event files beside the runs', no second Ray where the first has been shut down, and no other table.
+    os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_ENABLE_AUTO_CONNECT="0", RAY_AIR_NEW_OUTPUT="0")
     dashboard = None if _ADDRESS in os.environ else False  # a cluster has the one that it was started with
     with onlooker.signals_handed_on():
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=dashboard)

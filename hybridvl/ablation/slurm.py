@@ -66,16 +66,16 @@ def run_on_slurm(work: Work, jobs: int, settings: Mapping[str, Any]) -> Engine:
                 job.cancel(check=False)
 
     with onlooker.signals_handed_on(cancel):
-        if share.runs:
-            try:
-                timeouts = settings.get(TIMEOUTS, _MANY)
-                executor = submitit.AutoExecutor(folder / "%j", cluster=cluster, slurm_max_num_timeout=timeouts)
-                executor.update_parameters(**{"name": work.folder.name, **parameters})
+        try:
+            timeouts = settings.get(TIMEOUTS, _MANY)
+            executor = submitit.AutoExecutor(folder / "%j", cluster=cluster, slurm_max_num_timeout=timeouts)
+            executor.update_parameters(**{"name": work.folder.name, **parameters})
+            if count:
+                words = zip(*[(share, os.getcwd(), onlooker.signals)] * count, strict=True)
                 with _deaf_to_interrupts():
-                    words = zip(*[(share, os.getcwd(), onlooker.signals)] * count, strict=True)
                     submitted += executor.map_array(Share(), *words)
-            except (NameError, ValueError, TypeError, RuntimeError) as error:
-                raise ConfigError(f"--slurm: {' '.join(str(error).split())}") from error
+        except (NameError, ValueError, TypeError, RuntimeError) as error:
+            raise ConfigError(f"--slurm: {' '.join(str(error).split())}") from error
         if onlooker.signal is not None:  # it came before there was anything to cancel
             cancel()
         onlooker.follow(lambda: not all(job.done() for job in submitted))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,9 +21,9 @@ from rich.console import Console
 
 from hybridvl.ablation import local
 from hybridvl.ablation.cells import Cell, Run
-from hybridvl.ablation.engine import Work
+from hybridvl.ablation.engine import Engine, SignalFile, Work
 from hybridvl.ablation.local import LocalEngine, Slot, own_slots, slots
-from hybridvl.ablation.records import Hold, RunRecord
+from hybridvl.ablation.records import Hold, RunRecord, one_at_a_time
 from hybridvl.cli.sweep_view import SweepView
 from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.processes import Ended
@@ -218,6 +221,122 @@ def test_a_log_has_a_line_for_every_change(tmp_path: Path) -> None:
     assert lines[0] == "running   a=0/seed_0  (0 of 2 done, 1 running, 1 waiting)"
     assert lines[1] == "failed    a=0/seed_0  it broke  (0 of 2 done, 1 failed, 1 waiting)"
     assert len(lines) == 2
+
+
+def _quick_fits(monkeypatch: pytest.MonkeyPatch, words: str = "true") -> None:
+    """Let runs be processes that end at once."""
+
+    def start(arguments: object, log: Path, slot: Slot, held: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(words.split(), start_new_session=True)
+
+    monkeypatch.setattr(local, "_start", start)
+
+
+@pytest.mark.parametrize("broken", ["begin", "finish"])
+def test_a_record_that_cannot_be_kept_fails_its_run_alone(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _quick_fits(monkeypatch)
+    right = getattr(RunRecord, broken)
+
+    def once_full(record: RunRecord, *arguments: object) -> object:
+        if record.folder.parent.name == "a=1":
+            raise ConfigError(f"{record.started}: cannot be written: Disk quota exceeded")
+        return right(record, *arguments)
+
+    monkeypatch.setattr(RunRecord, broken, once_full)
+    engine = _engine(tmp_path, SweepView([], Console(file=io.StringIO())), 3)
+    engine.run()
+    # Processes that end with status 0 and leave nothing have failed.
+    assert engine.statuses == ["failed", "failed", "failed"]
+    assert engine.reason(1).endswith("a=1/seed_0.json: cannot be written: Disk quota exceeded")
+    assert "without a word of its end" in engine.reason(0)
+    assert not any(Hold.is_held(record) for record in engine.records)
+    again = _engine(tmp_path, SweepView([], Console(file=io.StringIO())), 3)
+    assert [str(status) for status in again.statuses] == ["failed", "waiting", "failed"]
+
+
+def test_a_sweep_that_cannot_begin_anything_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(record: RunRecord, *arguments: object) -> None:
+        raise ConfigError("a=0/seed_0.json: cannot be written: No space left on device")
+
+    monkeypatch.setattr(RunRecord, "begin", full)
+    engine = _engine(tmp_path, SweepView([], Console(file=io.StringIO())))
+    with pytest.raises(ConfigError, match="No space left"):
+        engine.run()
+    assert not any(Hold.is_held(record) for record in engine.records)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(handle: int, how: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ConfigError, match=r"root: .*/\.seed_0\.lock: cannot be locked: .*expected .* flock"):
+        Hold.of(RunRecord(tmp_path / "a=1" / "seed_0"))
+    with pytest.raises(ConfigError, match=r"root: .*/\.lock: cannot be locked: "), one_at_a_time(tmp_path):
+        pass
+
+
+def test_one_at_a_time(tmp_path: Path) -> None:
+    inside: list[str] = []
+
+    def enter(name: str) -> None:
+        with one_at_a_time(tmp_path):
+            inside.append(f"{name} in")
+            time.sleep(0.1)
+            inside.append(f"{name} out")
+
+    others = [threading.Thread(target=enter, args=(name,)) for name in "abc"]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+    assert [line.split()[0] for line in inside[::2]] == [line.split()[0] for line in inside[1::2]]
+    assert sorted(inside) == sorted(f"{name} {way}" for name in "abc" for way in ("in", "out"))
+
+
+def test_signals_come_through_a_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one is handed on as SIGTERM, the second one kills; a signal that came both ways counts once."""
+    stubborn = "trap 'echo heard >> heard' TERM; while true; do sleep 0.05; done"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        local, "_start", lambda *given: subprocess.Popen(["sh", "-c", stubborn], start_new_session=True)
+    )
+    signals = SignalFile.of_this_process(tmp_path / ".slurm")
+    assert signals.count == 0
+    looks = []
+
+    def watch(engine: Engine) -> None:
+        looks.append(0)
+        if len(looks) == 3:
+            signals.add()
+        elif len(looks) == 6:  # the same Ctrl-C, by another way
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif len(looks) == 10:
+            signals.add()
+
+    runs = [Run(Cell({"a": "0"}, {}, "a=0"), 0, tmp_path / "a=0" / "seed_0", [], "key")]
+    engine = LocalEngine(Work(runs, tmp_path, watch=watch), [Slot((0,))], signals)
+    engine.run()
+    assert (tmp_path / "heard").read_text() == "heard\n"
+    assert engine.statuses == ["stopped"]
+    ended = json.loads(engine.records[0].ended.read_text())
+    assert (ended["status"], ended["signal"]) == (-signal.SIGKILL, signal.SIGTERM)
+
+
+def test_what_failed_is_left_alone_unless_it_is_wanted(tmp_path: Path) -> None:
+    view = SweepView([], Console(file=io.StringIO()))
+    for number, ended in enumerate([Ended(2, None), Ended(-signal.SIGKILL, None)]):
+        record = RunRecord(tmp_path / f"a={number}" / "seed_0")
+        record.begin("key", {}, 0, [])
+        record.finish(ended)
+    engine = _engine(tmp_path, view, 3)
+    assert engine.statuses == ["failed", "waiting", "waiting"]
+    assert engine.left == engine.runs[1:]
+    again = LocalEngine(Work(engine.runs, tmp_path, retry_failed=True), [Slot((0,))])
+    assert again.left == engine.runs
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
