@@ -235,12 +235,67 @@ def test_which_way_is_better_and_the_unit(metric: str, way: int, unit: str) -> N
     assert metric_label(metric) == (f"{metric} ({unit})" if unit else metric)
 
 
-def test_runs_of_several_studies_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, score in (("ratio", 0.1), ("ratio-full", 0.9)):
-        write_study(tmp_path / name, {"0": [score], "1": [0.5]})
-    assert main(["report", str(tmp_path)]) == 2
-    error = capsys.readouterr().err
-    assert "cell ratio=0: runs of several studies have these labels" in error
-    assert str(tmp_path / "ratio-full") in error
-    assert error.count("\n") == 1
-    assert main(["report", str(tmp_path / "ratio")]) == 0
+def test_runs_of_several_studies_are_cells_of_their_own(tmp_path: Path) -> None:
+    """Their labels may be equal and mean other things: each is compared with the baseline of its own study."""
+    first = write_study(tmp_path / "ratio", {"0": [0.1, 0.12, 0.14], "1": [0.5, 0.55, 0.6]})
+    second = write_study(tmp_path / "ratio-full", {"0": [0.9, 0.91, 0.92], "1": [0.8, 0.82, 0.85]})
+    for study, baseline in ((first, "0"), (second, "1")):
+        described = yaml.safe_load((study / "study.yaml").read_text())
+        claim = {"claim": f"Of {study.name}.", "cell": {"ratio": "0"}, "metric": "test/exact", "below": 0.3}
+        described |= {"baseline": {"ratio": baseline}, "claims": [claim], "seeds": [0, 1, 2, 3]}
+        (study / "study.yaml").write_text(yaml.safe_dump(described, sort_keys=False))
+    assert main(["report", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "report" / "report.json").read_text())
+    means = {cell["name"]: cell["metrics"]["test/exact"]["mean"] for cell in found["cells"]}
+    assert means == {
+        "study=ratio, ratio=0": pytest.approx(0.12),
+        "study=ratio, ratio=1": pytest.approx(0.55),
+        "study=ratio-full, ratio=0": pytest.approx(0.91),
+        "study=ratio-full, ratio=1": pytest.approx(0.8233333),
+    }
+    baselines = {cell["name"]: cell["baseline"] for cell in found["cells"] if cell["baseline"]}
+    assert baselines == {
+        "study=ratio, ratio=1": "study=ratio, ratio=0",
+        "study=ratio-full, ratio=0": "study=ratio-full, ratio=1",
+    }
+    assert [(claim["text"], claim["verdict"]) for claim in found["claims"]] == [
+        ("Of ratio.", "supported"),
+        ("Of ratio-full.", "not supported"),
+    ]
+    missing = [note for note in found["notes"] if "not started" in note]
+    assert [note.partition(":")[0] for note in missing] == ["study ratio", "study ratio-full"]
+    assert "to the baseline of its study" in (tmp_path / "report" / "report.md").read_text()
+    across = ["report", str(first), str(second), "--baseline", "study=ratio", "--out", str(tmp_path / "across")]
+    assert main(across) == 0
+    found = json.loads((tmp_path / "across" / "report.json").read_text())
+    assert [cell["baseline"] for cell in found["cells"]] == [
+        *(None, None, "study=ratio, ratio=0", "study=ratio, ratio=1")
+    ]
+
+
+def test_runs_with_equal_labels_that_differ_in_more_than_their_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed, width in enumerate((32, 32, 64)):
+        config = recipe(seed, {"ratio": "0"})
+        config["model"]["net"]["width"] = width
+        config["run"]["root"] = f"elsewhere/{seed}"
+        write_run(tmp_path / "ratio=0" / f"seed_{seed}", config, {"test/exact": 0.5})
+    assert main(["report", str(tmp_path)]) == 0
+    shown = capsys.readouterr().err
+    assert "warning: ratio=0: its runs have the same labels and differ in model.net.width\n" in shown
+
+
+def test_runs_without_a_seed_are_in_no_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which of them would be pairs nobody knows."""
+    for label, values in {"0": (0.1, 0.2, 0.3), "1": (0.4, 0.5, 0.6)}.items():
+        for number, value in enumerate(values):
+            config = recipe(number, {"ratio": label})
+            del config["seed_everything"]
+            write_run(tmp_path / label / f"run_{number}", config, {"test/exact": value})
+    write_run(tmp_path / "0" / "seed_7", recipe(7, {"ratio": "0"}), {"test/exact": 0.2})
+    assert main(["report", str(tmp_path), "--baseline", "ratio=0"]) == 0
+    assert "runs without seed_everything in their recipe are in no difference: 6" in capsys.readouterr().out
+    cells = json.loads((tmp_path / "report" / "report.json").read_text())["cells"]
+    assert [cell["metrics"]["test/exact"]["count"] for cell in cells] == [4, 3]
+    assert "difference" not in cells[1]["metrics"]["test/exact"]

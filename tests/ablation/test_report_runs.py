@@ -16,7 +16,7 @@ from report_runs import recipe, write_events, write_run, write_study
 from hybridvl.ablation.report.cache import Cache
 from hybridvl.ablation.report.cells import find_baselines, group
 from hybridvl.ablation.report.labels import labelled, natural, short_names
-from hybridvl.ablation.report.runs import Collected, Run, collect
+from hybridvl.ablation.report.runs import Collected, RunFolder, collect
 from hybridvl.layers.errors import ConfigError
 
 
@@ -24,7 +24,7 @@ def collected(*paths: Path) -> Collected:
     return collect(paths, Cache())
 
 
-def only(path: Path) -> Run:
+def only(path: Path) -> RunFolder:
     (run,) = collected(path).runs
     return run
 
@@ -110,6 +110,43 @@ def test_what_is_inside_a_run_is_no_run(tmp_path: Path) -> None:
     assert only(tmp_path).folder == folder
 
 
+def test_a_file_above_runs_hides_none(tmp_path: Path) -> None:
+    """A project may have a config.yaml, and a fit without a logger leaves its metrics where it was started."""
+    first = write_run(tmp_path / "runs" / "a" / "version_0", recipe(0), {"test/exact": 0.5})
+    end(tmp_path / "runs" / "ratio=1-4" / "seed_5", 2, None, "refused")
+    (tmp_path / "config.yaml").write_text("name: a project\n")
+    (tmp_path / "runs" / "metrics.json").write_text('{"metrics": {"test/exact": 0.1}}')
+    found = collected(tmp_path)
+    assert [run.folder for run in found.runs] == [first, tmp_path / "runs" / "ratio=1-4" / "seed_5"]
+    assert found.problems == tuple(
+        f"{place}: its config.yaml or metrics lie above runs, and are of none"
+        for place in (tmp_path, tmp_path / "runs")
+    )
+
+
+def test_a_run_above_runs(tmp_path: Path) -> None:
+    """With a recipe and metrics it is one; what a tool has written below a run is none."""
+    outer = write_run(tmp_path / "a", recipe(0), {"test/exact": 0.5})
+    inner = write_run(outer / "again" / "version_0", recipe(1), {"test/exact": 0.6})
+    write_events(outer / "1700000000.1", {"hparams": [(1, 0.5)]})
+    found = collected(tmp_path)
+    assert [run.folder for run in found.runs] == [outer, inner]
+    assert found.problems == ()
+
+
+def test_linked_folders_are_read_once(tmp_path: Path) -> None:
+    """Runs may lie on another disk; links may lead in circles."""
+    scratch = write_run(tmp_path / "scratch" / "version_0", recipe(0), {"test/exact": 0.5})
+    runs = tmp_path / "runs"
+    own = write_run(runs / "a" / "version_0", recipe(1), {"test/exact": 0.6})
+    (runs / "linked").symlink_to(scratch.parent)
+    (runs / "a" / "circle").symlink_to(runs)
+    (runs / "again").symlink_to(own.parent)
+    (runs / "itself").symlink_to("itself")
+    assert [run.folder for run in collected(runs).runs] == [own, runs / "linked" / "version_0"]
+    assert len(collected(runs, tmp_path / "scratch").runs) == 2
+
+
 def test_folders_without_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nowhere: no such folder; expected run folders"):
         collected(tmp_path / "nowhere")
@@ -169,7 +206,7 @@ values = st.fixed_dictionaries({"a": st.integers(0, 1), "b": st.sampled_from(["x
 def test_cells_are_the_recipes_that_differ(chosen: list[dict[str, Any]]) -> None:
     """Whatever differs: the labels tell apart the runs whose settings differ, and no others."""
     runs = [
-        Run(
+        RunFolder(
             folder=Path(f"/runs/{number}"),
             name=str(number),
             status="done",

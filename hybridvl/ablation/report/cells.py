@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hybridvl.ablation.report.labels import MISSING, differing, labelled, natural, short_names
-from hybridvl.ablation.report.runs import DONE, Run
+from hybridvl.ablation.report.labels import MISSING, STUDY_LABEL, differing, labelled, natural, short_names
+from hybridvl.ablation.report.runs import DONE, RunFolder
 from hybridvl.ablation.statistics import LEVEL, Difference, Interval, Method, holm, mean_interval, paired_difference
 from hybridvl.layers.errors import ConfigError
 
@@ -16,26 +16,31 @@ _OTHERS = 6  # settings that a note names
 
 
 @dataclass(frozen=True)
-class Cell:
+class CellRuns:
     """Runs that differ in nothing but their seed.
 
     Attributes:
         labels: what tells the cell from others.
         name: the labels as one line.
         runs: all of them, whatever became of them.
-        used: the run of each seed that counts: of runs of one seed the newest that is done.
+        used: the run of each seed that counts: of runs of one seed the newest that is done. Runs that do not say their
+            seed count each on their own, as -1, -2 and so on.
         passed_over: runs that are done but do not count, and why.
     """
 
     labels: Mapping[str, str]
     name: str
-    runs: tuple[Run, ...]
-    used: Mapping[int, Run]
-    passed_over: tuple[tuple[Run, str], ...] = ()
+    runs: tuple[RunFolder, ...]
+    used: Mapping[int, RunFolder]
+    passed_over: tuple[tuple[RunFolder, str], ...] = ()
 
     def values(self, metric: str) -> dict[int, float]:
-        """The metric by seed, of those runs that count and have it."""
+        """The metric by seed, of those runs that count and have it; below 0 for runs that do not say their seed."""
         return {seed: run.metrics[metric] for seed, run in self.used.items() if metric in run.metrics}
+
+    def seeded(self, metric: str) -> dict[int, float]:
+        """The same of runs that say their seed: others are no pair to any."""
+        return {seed: value for seed, value in self.values(metric).items() if seed >= 0}
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,9 @@ class Settings:
     tune: Mapping[str, str] = field(default_factory=dict)
 
 
-def group(runs: Sequence[Run], orders: Mapping[str, Sequence[str]] | None = None) -> tuple[list[Cell], list[str]]:
+def group(
+    runs: Sequence[RunFolder], orders: Mapping[str, Sequence[str]] | None = None
+) -> tuple[list[CellRuns], list[str]]:
     """Cells in the order of their labels' values, and notes about labels for people.
 
     orders: of the values of labels; others are sorted, numbers by value.
@@ -81,7 +88,8 @@ def group(runs: Sequence[Run], orders: Mapping[str, Sequence[str]] | None = None
     labels, together = labelled(runs)
     keys = list(dict.fromkeys(key for found in labels for key in found))
     keys.sort(key=lambda key: list(orders or {}).index(key) if key in (orders or {}) else len(orders or {}))
-    found: dict[tuple[str, ...], list[Run]] = {}
+    keys.sort(key=lambda key: key != STUDY_LABEL)
+    found: dict[tuple[str, ...], list[RunFolder]] = {}
     for run, own in zip(runs, labels, strict=True):
         found.setdefault(tuple(own.get(key, MISSING) for key in keys), []).append(run)
     known = [list(map(str, (orders or {}).get(key, ()))) for key in keys]
@@ -105,7 +113,7 @@ def group(runs: Sequence[Run], orders: Mapping[str, Sequence[str]] | None = None
     return cells, notes
 
 
-def find_baselines(cells: Sequence[Cell], labels: Mapping[str, str]) -> list[int | None]:
+def find_baselines(cells: Sequence[CellRuns], labels: Mapping[str, str]) -> list[int | None]:
     """For each cell the index of the one it is compared with: that has some labels, and the cell's own otherwise.
 
     None for the cells that have those labels themselves, where there is no such cell, and without labels. A label's
@@ -122,7 +130,7 @@ def find_baselines(cells: Sequence[Cell], labels: Mapping[str, str]) -> list[int
     return [None if there == index else there for index, there in enumerate(found)]
 
 
-def find_cell(cells: Sequence[Cell], labels: Mapping[str, str]) -> int:
+def find_cell(cells: Sequence[CellRuns], labels: Mapping[str, str]) -> int:
     """The index of the one cell that has some labels; ConfigError unless there is exactly one."""
     wanted = _labels("cell", cells, labels)
     fitting = [index for index, cell in enumerate(cells) if wanted.items() <= cell.labels.items()]
@@ -133,7 +141,7 @@ def find_cell(cells: Sequence[Cell], labels: Mapping[str, str]) -> int:
     return fitting[0]
 
 
-def label_key(place: str, cells: Sequence[Cell], given: str) -> str:
+def label_key(place: str, cells: Sequence[CellRuns], given: str) -> str:
     """The whole key of a label that is given by it or by the short name that cells have; ConfigError if none is."""
     keys = list(dict.fromkeys(key for cell in cells for key in cell.labels))
     by_short = {short: key for key, short in short_names(keys).items()}
@@ -144,13 +152,14 @@ def label_key(place: str, cells: Sequence[Cell], given: str) -> str:
 
 
 def compare_metric(
-    cells: Sequence[Cell], metric: str, baselines: Sequence[int | None], settings: Settings
+    cells: Sequence[CellRuns], metric: str, baselines: Sequence[int | None], settings: Settings
 ) -> list[Result]:
     """The metric of every cell, compared with that of its baseline."""
     values = [cell.values(metric) for cell in cells]
+    pairs = [cell.seeded(metric) for cell in cells]
     differences = [
-        None if there is None or not own else paired_difference(own, values[there], settings.interval, settings.level)
-        for own, there in zip(values, baselines, strict=True)
+        None if there is None or not own else paired_difference(own, pairs[there], settings.interval, settings.level)
+        for own, there in zip(pairs, baselines, strict=True)
     ]
     corrected = holm([math.nan if difference is None else difference.p for difference in differences])
     return [
@@ -159,7 +168,7 @@ def compare_metric(
     ]
 
 
-def _labels(place: str, cells: Sequence[Cell], labels: Mapping[str, str]) -> dict[str, str]:
+def _labels(place: str, cells: Sequence[CellRuns], labels: Mapping[str, str]) -> dict[str, str]:
     """Labels by their whole keys; ConfigError for one that no cell has."""
     wanted = {}
     for given, value in labels.items():
@@ -171,21 +180,21 @@ def _labels(place: str, cells: Sequence[Cell], labels: Mapping[str, str]) -> dic
     return wanted
 
 
-def _cell(labels: Mapping[str, str], name: str, runs: Sequence[Run]) -> Cell:
-    used: dict[int, Run] = {}
+def _cell(labels: Mapping[str, str], name: str, runs: Sequence[RunFolder]) -> CellRuns:
+    used: dict[int, RunFolder] = {}
     passed_over = []
     nameless = -1
     for run in sorted((run for run in runs if run.status == DONE), key=lambda run: (run.started, run.folder)):
         seed = run.seed
-        if seed is None:  # runs that do not say their seed count each on their own
+        if seed is None:
             seed, nameless = nameless, nameless - 1
         if seed in used:
             passed_over.append((used[seed], _repeated(used[seed], run)))
         used[seed] = run
-    return Cell(labels, name, tuple(runs), dict(sorted(used.items())), tuple(passed_over))
+    return CellRuns(labels, name, tuple(runs), dict(sorted(used.items())), tuple(passed_over))
 
 
-def _repeated(older: Run, newer: Run) -> str:
+def _repeated(older: RunFolder, newer: RunFolder) -> str:
     keys = [key for key in differing([older.config, newer.config]) if not key.startswith("run.")]
     also = f"; the two differ in {', '.join(keys)}" if keys else ""
     return f"done, but {newer.name} has the same labels and seed and is newer{also}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from hybridvl.ablation.report.cache import Cache
 from hybridvl.ablation.report.labels import differing
 from hybridvl.ablation.report.metrics import logged_metrics
-from hybridvl.ablation.report.runs import Run, read_run
+from hybridvl.ablation.report.runs import RunFolder, read_run
 from hybridvl.checkpoints.files import usable_path
 from hybridvl.layers.errors import ConfigError
 
@@ -31,7 +31,7 @@ class Comparison:
         metrics: the last value of each, None where a run has none.
     """
 
-    runs: list[Run]
+    runs: list[RunFolder]
     names: list[str]
     settings: Mapping[str, list[str]]
     outcomes: Mapping[str, list[str]]
@@ -58,7 +58,7 @@ def compare_runs(paths: Sequence[str | Path]) -> Comparison:
     )
 
 
-def _run(path: str | Path) -> Run:
+def _run(path: str | Path) -> RunFolder:
     folder = usable_path(path)
     if not folder.is_dir():
         raise ConfigError(f"{path}: no such folder; expected a run folder, such as runs/digits/version_0")

@@ -13,8 +13,8 @@ from statistics import fmean
 import torch
 
 from hybridvl.ablation.recipes import recipe_dtype
-from hybridvl.ablation.report.cells import Cell
-from hybridvl.ablation.report.runs import Run
+from hybridvl.ablation.report.cells import CellRuns
+from hybridvl.ablation.report.runs import RunFolder
 from hybridvl.bench.filling import filled_state
 from hybridvl.bench.sides import Results, Side
 from hybridvl.bench.timing import interleave, timer
@@ -32,8 +32,8 @@ _SECONDS = 30.0  # that timing may take where rounds are long
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Costs of a cell's model; None and {} where they are not known.
+class CellCosts:
+    """CellCosts of a cell's model; None and {} where they are not known.
 
     Attributes:
         parameters: of the model.
@@ -58,9 +58,9 @@ class Costs:
     latency_blocks: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
 
-def cell_costs(
-    cells: Sequence[Cell], context: int | None = None, measured: Sequence[int] = (), counted: Sequence[int] = ()
-) -> list[Costs]:
+def costs_of_cells(
+    cells: Sequence[CellRuns], context: int | None = None, measured: Sequence[int] = (), counted: Sequence[int] = ()
+) -> list[CellCosts]:
     """The costs of every cell, by its first run whose model is known; each distinct model is looked at once.
 
     Args:
@@ -115,12 +115,11 @@ def decode_seconds(configs: Mapping[str, ModelConfig], contexts: Sequence[int]) 
     return found
 
 
-def model_config(run: Run) -> ModelConfig | None:
+def model_config(run: RunFolder) -> ModelConfig | None:
     """The model of a run: of its recipe, or of the model that it exported; None if neither says it."""
-    section = run.config.get("model")
-    net = section.get("net") if isinstance(section, Mapping) else None
+    net = run.section("model", "net")
     try:
-        if isinstance(net, Mapping):
+        if net:
             config = ModelConfig.from_dict(dict(net), place=f"{run.folder}: model.net")
         elif (run.folder / "model" / "config.json").is_file():
             config = read_config(run.folder / "model")
@@ -143,8 +142,8 @@ def _decode(model: VisionLanguageModel, context: int) -> Callable[[], Results]:
 
 
 def _costs(
-    cell: Cell, context: int, contexts: Sequence[int], plan: Plan | None, times: Mapping[int, Sequence[float]]
-) -> Costs:
+    cell: CellRuns, context: int, contexts: Sequence[int], plan: Plan | None, times: Mapping[int, Sequence[float]]
+) -> CellCosts:
     counted = (run.facts.get("parameters") for run in (*cell.used.values(), *cell.runs))
     parameters = next((count for count in counted if isinstance(count, int)), None)
     logged = [
@@ -153,8 +152,8 @@ def _costs(
     latency = {tokens: min(blocks) for tokens, blocks in times.items()}
     seconds = fmean(logged) if logged else latency[max(latency)] if latency else None
     if plan is None:
-        return Costs(parameters, None, None, None, context, seconds)
-    return Costs(
+        return CellCosts(parameters, None, None, None, context, seconds)
+    return CellCosts(
         parameters=plan.total_params if parameters is None else parameters,
         flops=plan.prefill_flops(context),
         decode_flops=plan.decode_flops(context),
@@ -167,10 +166,9 @@ def _costs(
     )
 
 
-def _known(run: Run, known: dict[str, ModelConfig | None]) -> str:
+def _known(run: RunFolder, known: dict[str, ModelConfig | None]) -> str:
     """What tells a run's model from others; its configuration is then known."""
-    section = run.config.get("model")
-    net = section.get("net") if isinstance(section, Mapping) else None
+    net = run.section("model", "net")
     # A student of a distillation is described by its exported model alone.
     key = json.dumps(net, sort_keys=True) if net else str(run.folder)
     if key not in known:
@@ -178,7 +176,6 @@ def _known(run: Run, known: dict[str, ModelConfig | None]) -> str:
     return key
 
 
-def _max_tokens(run: Run) -> int:
-    data = run.config.get("data")
-    tokens = data.get("max_tokens") if isinstance(data, Mapping) else None
+def _max_tokens(run: RunFolder) -> int:
+    tokens = run.section("data").get("max_tokens")
     return tokens if isinstance(tokens, int) else 0

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from numpy.typing import NDArray
 
 from hybridvl.ablation.report.analysis import Analysis
-from hybridvl.ablation.report.cells import Cell
+from hybridvl.ablation.report.cells import CellRuns
 from hybridvl.ablation.report.events import Curve
 from hybridvl.ablation.report.guessing import guessing
 from hybridvl.ablation.report.metrics import is_share, metric_label
@@ -239,7 +239,7 @@ def _slices(
     tidy(axes)
 
 
-def _of(cell: Cell, tag: str) -> list[Curve]:
+def _of(cell: CellRuns, tag: str) -> list[Curve]:
     return [run.curves[tag] for run in cell.used.values() if tag in run.curves and len(run.curves[tag].steps)]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.cells import Result
-from hybridvl.ablation.report.runs import Run
+from hybridvl.ablation.report.runs import RunFolder
 from hybridvl.ablation.statistics import Interval
 
 _COSTS = ("parameters", "flops", "decode_flops", "state_bytes", "context", "decode_seconds")
@@ -92,7 +92,7 @@ def _json_lines(content: Mapping[str, Any]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def _run(run: Run) -> dict[str, Any]:
+def _run(run: RunFolder) -> dict[str, Any]:
     return {
         "folder": str(run.folder),
         "status": run.status,

@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from hybridvl.ablation.report.cells import Cell
+from hybridvl.ablation.report.cells import CellRuns
 from hybridvl.data.probes.probe import Probe
 
 _PROBES = "hybridvl.data.probes."
 _SAME = 0.01  # shares that differ by less are one line in a picture
 
 
-def guessing(cells: Sequence[Cell], metrics: Sequence[str]) -> dict[str, float]:
+def guessing(cells: Sequence[CellRuns], metrics: Sequence[str]) -> dict[str, float]:
     """The expected share of exact answers of one who has not seen the samples, for those of the metrics that are such
     shares of a probe; only where it is the same in all cells."""
     wanted = {metric: _split_and_kind(metric) for metric in metrics}
@@ -31,12 +31,11 @@ def guessing(cells: Sequence[Cell], metrics: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def questions(cell: Cell, metric: str) -> int | None:
+def questions(cell: CellRuns, metric: str) -> int | None:
     """How many questions of a probe one run's share of exact answers is of; None where that is not known."""
     split, kind = _split_and_kind(metric)
     run = next(iter(cell.used.values()), None)
-    trainer = None if run is None else run.config.get("trainer")
-    limit = trainer.get(f"limit_{split}_batches") if isinstance(trainer, Mapping) else None
+    limit = None if run is None else run.section("trainer").get(f"limit_{split}_batches")
     if limit not in (None, 1.0) or split not in ("val", "test"):
         return None
     task = _task(cell)
@@ -50,12 +49,11 @@ def _split_and_kind(metric: str) -> tuple[str, str]:
     return split, "/" if kind == name else kind.removesuffix("_")
 
 
-def _task(cell: Cell) -> tuple[str, str] | None:
+def _task(cell: CellRuns) -> tuple[str, str] | None:
     """The probe of a cell's runs: its class, and its arguments as JSON."""
     run = next(iter(cell.used.values()), None)
-    data = None if run is None else run.config.get("data")
-    task = data.get("task") if isinstance(data, Mapping) else None
-    if not isinstance(task, Mapping) or not str(task.get("class_path")).startswith(_PROBES):
+    task = {} if run is None else run.section("data", "task")
+    if not str(task.get("class_path")).startswith(_PROBES):
         return None
     return str(task["class_path"]), json.dumps(task.get("init_args") or {}, sort_keys=True)
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from hybridvl.ablation.report.runs import Run
+from hybridvl.ablation.axes import label_of
+from hybridvl.ablation.report.runs import RunFolder
+from hybridvl.layers.errors import ConfigError
 
 MISSING = "-"
+STUDY_LABEL = "study"
+"""The label that tells runs of several studies apart."""
 _STAGE = "run.stage"
 _SOURCE = "source."  # before the settings of the run whose model a run started from
 _SEEDS = ("seed", "seed_everything")
@@ -34,16 +38,11 @@ def differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Keys in which configurations differ, with the value of each as text, `MISSING` where a key is not there."""
     flats = [flat(config) for config in configs]
     keys = dict.fromkeys(key for values in flats for key in values)
-    found = {key: [text(values[key]) if key in values else MISSING for values in flats] for key in keys}
+    found = {key: [label_of(values[key]) if key in values else MISSING for values in flats] for key in keys}
     return {key: texts for key, texts in found.items() if len(set(texts)) > 1}
 
 
-def text(value: Any) -> str:
-    """A value as it would stand in a table."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def labelled(runs: Sequence[Run]) -> tuple[list[dict[str, str]], dict[str, list[str]]]:
+def labelled(runs: Sequence[RunFolder]) -> tuple[list[dict[str, str]], dict[str, list[str]]]:
     """The labels of every run, and for each label the settings that always change together with it.
 
     Runs without labels of their own get the settings in which they differ, seeds, folders and other places left out,
@@ -68,7 +67,33 @@ def labelled(runs: Sequence[Run]) -> tuple[list[dict[str, str]], dict[str, list[
     if len(without) < len(runs):
         # Beside runs with labels, and where there is no recipe to compare, the name of the folder tells runs apart.
         own = {run.folder: own[run.folder] or {"run": run.folder.parent.name} for run in runs}
-    return [own[run.folder] for run in runs], together
+    names = study_names(runs)
+    of_study = [{} if run.study not in names else {STUDY_LABEL: names[run.study]} for run in runs]
+    return [{**study, **own[run.folder]} for study, run in zip(of_study, runs, strict=True)], together
+
+
+def study_names(runs: Sequence[RunFolder]) -> dict[Path | None, str]:
+    """What tells the studies of runs apart, by their folders; {} where there are fewer than two.
+
+    Labels of different studies mean different things even where they are equal: so the study is a label of its own.
+    """
+    folders = sorted({run.study for run in runs if run.study is not None})
+    if len(folders) < 2:
+        return {}
+    if any(STUDY_LABEL in run.labels for run in runs):
+        raise ConfigError(
+            f"an axis is called {STUDY_LABEL!r}, as the label of studies is; expected one study in a report"
+        )
+    if len({folder.name for folder in folders}) == len(folders):
+        return {folder: folder.name for folder in folders}
+    shared = os.path.commonpath(folders)
+    return {folder: folder.relative_to(shared).as_posix() for folder in folders}
+
+
+def mixed(runs: Sequence[RunFolder]) -> list[str]:
+    """Settings in which runs differ that are said to be repetitions of each other, but for seeds and places."""
+    different = differing([_compared(run) for run in runs])
+    return [key for key, texts in different.items() if not all(map(_is_place, texts))]
 
 
 def short_names(keys: Iterable[str]) -> dict[str, str]:
@@ -94,7 +119,7 @@ def natural(label: str) -> tuple[Any, ...]:
     return (1, [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", label) if part])
 
 
-def _compared(run: Run) -> dict[str, Any]:
+def _compared(run: RunFolder) -> dict[str, Any]:
     """The recipe without what tells runs apart that are repetitions of each other."""
     found = {}
     for key, value in flat({**run.config, **run.origin}).items():

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from hybridvl.ablation.report.labels import natural
-from hybridvl.ablation.report.runs import DONE, Run
+from hybridvl.ablation.report.runs import DONE, RunFolder
 from hybridvl.layers.errors import ConfigError
 
 _LESS = {"loss", "divergence", "entropy", "perplexity", "error", "errors", "latency", "bytes", "mib", "skipped"}
@@ -19,14 +19,14 @@ _UNITS = {
 }
 
 
-def logged_metrics(runs: Sequence[Run]) -> list[str]:
+def logged_metrics(runs: Sequence[RunFolder]) -> list[str]:
     """Every metric of any run: test first, then validation, training and the rest, each by name."""
     first = {"test": 0, "val": 1, "train": 2}
     names = {name for run in runs for name in run.metrics}
     return sorted(names, key=lambda name: (first.get(name.split("/")[0], 3), natural(name)))
 
 
-def chosen_metrics(runs: Sequence[Run], wanted: Sequence[str]) -> list[str]:
+def chosen_metrics(runs: Sequence[RunFolder], wanted: Sequence[str]) -> list[str]:
     """The metrics to look at; those that are named, or the exact share of the test, or what there is in its place.
 
     Raises:

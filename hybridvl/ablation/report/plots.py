@@ -88,7 +88,7 @@ def draw_differences(analysis: Analysis, metric: str) -> Figure | None:
         ends += [interval.low, interval.high]
     axes.set_xlim(*limits(values, ends, share=False))
     _right_texts(axes, texts)
-    baseline = ", ".join(f"{key}={value}" for key, value in analysis.settings.baseline.items())
+    baseline = analysis.baseline_name
     axes.set_xlabel(plain(f"{metric}, minus that of {baseline}"), color=INK, fontsize=9.5)
     clear = "green better, red worse" if better else "blue different"
     how = f"rings: pairs of one seed; bar: {_level(analysis)}; {clear} (p < {_SIGNIFICANT} by Holm), grey unclear"

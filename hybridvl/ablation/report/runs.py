@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hybridvl.ablation.report.cache import Cache, Content
 from hybridvl.ablation.report.events import Curve, merged
+from hybridvl.ablation.report.folders import EVENTS, STUDY, walked
 from hybridvl.checkpoints.files import usable_path
 from hybridvl.layers.errors import ConfigError
 
 DONE = "done"
-_INSIDE = ("checkpoints", "model")  # of a run folder; nothing in them is a run
-_EVENTS = "events.out.tfevents"
-_STUDY = "study.yaml"
+_CONFIG = "config.yaml"
+_DEPTH = 3  # folders above a run in which its study's file is looked for
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFolder:
     """One run, whether or not it came to an end.
 
     Attributes:
@@ -33,6 +33,7 @@ class Run:
         seed: of the run; None where nothing says it.
         labels: what it was given to be compared by; empty for runs that were given nothing.
         config: the resolved recipe; {} where there is none.
+        study: the folder of the study that the run is one of; None for others.
         origin: {"source": RECIPE} of the run whose model this one started from, which has a "source" of its own if
             that one started from another; {} where it started from none that is there.
         metrics: the last finite value of each, by name.
@@ -52,9 +53,17 @@ class Run:
     metrics: Mapping[str, float]
     facts: Mapping[str, Any]
     curves: Mapping[str, Curve]
+    study: Path | None = None
     origin: Mapping[str, Any] = field(default_factory=dict)
     started: int = 0
     problems: tuple[str, ...] = ()
+
+    def section(self, *keys: str) -> Mapping[str, Any]:
+        """A mapping in the recipe, such as that of data.task; {} where there is none."""
+        found: Any = self.config
+        for key in keys:
+            found = _mapping(found).get(key)
+        return _mapping(found)
 
 
 @dataclass(frozen=True)
@@ -63,12 +72,12 @@ class Collected:
 
     Attributes:
         runs: by folder.
-        studies: study.yaml of every study among the given folders.
+        studies: study.yaml of every study among the given folders, by its folder.
         problems: of files that belong to no run.
     """
 
-    runs: list[Run]
-    studies: list[Mapping[str, Any]] = field(default_factory=list)
+    runs: list[RunFolder]
+    studies: Mapping[Path, Mapping[str, Any]] = field(default_factory=dict)
     problems: tuple[str, ...] = ()
 
 
@@ -80,32 +89,32 @@ def collect(paths: Sequence[str | Path], cache: Cache) -> Collected:
     Raises:
         ConfigError: a path that is no folder, or one without any run.
     """
-    runs: dict[Path, Run] = {}
+    runs: dict[Path, RunFolder] = {}
     studies: dict[Path, Mapping[str, Any]] = {}
     problems: list[str] = []
     for path in paths:
         top = usable_path(path)
         if not top.is_dir():
             raise ConfigError(f"{path}: no such folder; expected run folders, or folders with runs in them")
-        found = False
-        for folder, files in _run_folders(top.absolute()):
-            if _STUDY in files:
-                study = cache.content(folder / _STUDY)
-                if study is not None and study.problem:
-                    problems.append(f"{folder / _STUDY}: {study.problem}")
-                elif study is not None:
-                    studies[folder] = study.values
-                continue
-            found = True
-            runs[folder] = read_run(folder, files, cache)
-        if not found:
+        found = walked(top.absolute())
+        if not found.runs:
             raise ConfigError(f"{path}: no run in it; expected folders with config.yaml, as hybridvl fit leaves them")
-    shared = Path(os.path.commonpath([folder.parent for folder in runs]))
-    named = [replace(runs[folder], name=folder.relative_to(shared).as_posix()) for folder in sorted(runs)]
-    return Collected(named, list(studies.values()), tuple(problems))
+        problems += [f"{stray}: its {_CONFIG} or metrics lie above runs, and are of none" for stray in found.stray]
+        for folder, files in found.runs.items():
+            runs.setdefault(folder.resolve(), read_run(folder, files, cache))
+        for folder in found.studies:
+            study = cache.content(folder / STUDY)
+            if study is not None and study.problem:
+                problems.append(f"{folder / STUDY}: {study.problem}")
+            elif study is not None:
+                studies[folder] = study.values
+    shared = Path(os.path.commonpath([run.folder.parent for run in runs.values()]))
+    listed = sorted(runs.values(), key=lambda run: run.folder)
+    named = [replace(run, name=run.folder.relative_to(shared).as_posix()) for run in listed]
+    return Collected(named, studies, tuple(dict.fromkeys(problems)))
 
 
-def read_run(folder: Path, files: Sequence[str], cache: Cache) -> Run:
+def read_run(folder: Path, files: Sequence[str], cache: Cache) -> RunFolder:
     """One run from its folder, whose file names are given, and the records beside it."""
     problems: list[str] = []
 
@@ -115,12 +124,12 @@ def read_run(folder: Path, files: Sequence[str], cache: Cache) -> Run:
             problems.append(f"{path.name}: {content.problem}")
         return {} if content is None else content.values
 
-    config, summary = values(folder / "config.yaml"), values(folder / "metrics.json")
+    config, summary = values(folder / _CONFIG), values(folder / "metrics.json")
     ends = ("json", "ended.json", "pruned.json")
     start, ended, pruned = (values(folder.with_name(f"{folder.name}.{end}")) for end in ends)
     progress = values(folder / "progress.json")
     parts = []
-    for name in sorted(name for name in files if name.startswith(_EVENTS)):
+    for name in sorted(name for name in files if name.startswith(EVENTS)):
         content = cache.content(folder / name) or Content({}, {})
         if content.problem:
             problems.append(f"{name}: {content.problem}; it was skipped")
@@ -137,7 +146,7 @@ def read_run(folder: Path, files: Sequence[str], cache: Cache) -> Run:
     status, reason = _status(config, summary, start, ended, {"step": last, **progress}, has_mark)
     if pruned:
         status, reason = "pruned", str(pruned.get("reason"))
-    return Run(
+    return RunFolder(
         folder=folder,
         name="/".join(folder.parts[-2:]),
         status=status,
@@ -148,28 +157,11 @@ def read_run(folder: Path, files: Sequence[str], cache: Cache) -> Run:
         metrics=metrics,
         facts={name: value for name, value in summary.items() if name != "metrics"},
         curves=curves,
+        study=next((place for place in list(folder.parents)[:_DEPTH] if (place / STUDY).is_file()), None),
         origin=_origin(config, cache),
-        started=_changed(folder / "config.yaml"),
+        started=_changed(folder / _CONFIG),
         problems=tuple(problems),
     )
-
-
-def _run_folders(top: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Run folders with their files, folders of refused runs without any, and folders of studies with study.yaml."""
-    for place, folders, files in os.walk(top):
-        here = Path(place)
-        if "config.yaml" in files or "metrics.json" in files or any(name.startswith(_EVENTS) for name in files):
-            folders.clear()
-            yield here, files
-            continue
-        if _STUDY in files:
-            yield here, [_STUDY]
-        folders[:] = sorted(name for name in folders if name not in _INSIDE and not name.startswith("."))
-        records = {name.removesuffix(".json") for name in files if name.endswith(".json")}
-        for name in sorted(name for name in records if f"{name}.ended" in records or f"{name}.log" in files):
-            if name not in folders or not (here / name / "config.yaml").exists():
-                folders[:] = [folder for folder in folders if folder != name]
-                yield here / name, os.listdir(here / name) if (here / name).is_dir() else []
 
 
 def _status(

@@ -28,12 +28,12 @@ def method(analysis: Analysis) -> str:
     level = f"{100 * settings.level:g} %"
     how = "by Student's t" if settings.interval == "t" else "by the bootstrap (percentiles of 10,000 resamples)"
     said = f"Means over seeds with {level} intervals {how}."
-    if settings.baseline and any(index is not None for index in analysis.baselines):
+    if analysis.baseline_name:
         test = "paired t test" if settings.interval == "t" else "sign-flip test"
-        baseline = ", ".join(f"{key}={value}" for key, value in settings.baseline.items())
+        there = f"the cell with {analysis.baseline_name}" if settings.baseline else "the baseline of its study"
         said += (
-            f" Differences are those of equal seeds, to the cell with {baseline} and otherwise the same labels; p "
-            f"is of the {test}, corrected by Holm over all comparisons of the metric."
+            f" Differences are those of equal seeds, to {there} and otherwise the same labels; p is of the {test}, "
+            "corrected by Holm over all comparisons of the metric."
         )
     return said
 

@@ -6,14 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from hybridvl.ablation.report.cells import Cell, label_key
+from hybridvl.ablation.report.cells import CellRuns, label_key
 from hybridvl.ablation.report.labels import MISSING, short_names
 from hybridvl.ablation.report.metrics import chosen_metrics, is_cost
-from hybridvl.ablation.report.runs import Run
+from hybridvl.ablation.report.runs import RunFolder
 from hybridvl.layers.errors import ConfigError
 
 
-def tuned(cells: Sequence[Cell], runs: Sequence[Run], tune: Mapping[str, str]) -> tuple[list[Cell], list[str]]:
+def tuned(
+    cells: Sequence[CellRuns], runs: Sequence[RunFolder], tune: Mapping[str, str]
+) -> tuple[list[CellRuns], list[str]]:
     """Cells without the labels that are tuned, and a note about what was chosen for each.
 
     Of cells that differ in such a label alone the one with the best mean of the metric stands for all of them; the runs
@@ -37,16 +39,21 @@ def tuned(cells: Sequence[Cell], runs: Sequence[Run], tune: Mapping[str, str]) -
                 f"tune: {label}: {metric!r}; expected a metric of the validation, such as val/loss: what is "
                 "chosen by the test cannot be tested by it"
             )
-        groups: dict[frozenset[tuple[str, str]], list[Cell]] = {}
-        for cell in found:
+        groups: dict[frozenset[tuple[str, str]], list[CellRuns]] = {}
+        for cell in found:  # those of another study, which has no such label, stay as they are
             rest = frozenset((name, value) for name, value in cell.labels.items() if name != key)
             groups.setdefault(rest, []).append(cell)
         short = short_names(dict.fromkeys(name for cell in found for name in cell.labels))
-        found = [_best(group, key, metric, short, notes) for group in groups.values()]
+        found = [
+            _best(group, key, metric, short, notes) if any(key in cell.labels for cell in group) else group[0]
+            for group in groups.values()
+        ]
     return found, notes
 
 
-def _best(candidates: Sequence[Cell], key: str, metric: str, short: Mapping[str, str], notes: list[str]) -> Cell:
+def _best(
+    candidates: Sequence[CellRuns], key: str, metric: str, short: Mapping[str, str], notes: list[str]
+) -> CellRuns:
     """The candidate with the best mean among those with the most seeds, in the name of all; the first where none has
     the metric.
 
@@ -70,4 +77,4 @@ def _best(candidates: Sequence[Cell], key: str, metric: str, short: Mapping[str,
         others = "".join(f"; {means[index]:.4g} with {said[index]}" for index in known if index != best)
         notes.append(f"{name}: with {said[best]}, the best by {metric} ({means[best]:.4g}{others})")
     runs = tuple(run for cell in candidates for run in cell.runs)
-    return Cell(labels, name, runs, candidates[best].used, tuple(passed_over))
+    return CellRuns(labels, name, runs, candidates[best].used, tuple(passed_over))

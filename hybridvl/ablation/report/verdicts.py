@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hybridvl.ablation.claims import GROWTH, Claim, Part
-from hybridvl.ablation.report.cells import Cell, Settings, find_cell
-from hybridvl.ablation.report.costs import Costs
+from hybridvl.ablation.report.cells import CellRuns, Settings, find_cell
+from hybridvl.ablation.report.costs import CellCosts
 from hybridvl.ablation.report.guessing import guessing, questions
 from hybridvl.ablation.report.metrics import chosen_metrics, is_share
-from hybridvl.ablation.report.runs import DONE, Run
+from hybridvl.ablation.report.runs import DONE, RunFolder
 from hybridvl.ablation.report.wording import counted
 from hybridvl.ablation.statistics import Interval, mean_interval, paired_difference, share_interval
 from hybridvl.layers.errors import ConfigError, within
@@ -74,9 +74,9 @@ class _Evidence:
 
 def judge(
     claims: Sequence[Claim],
-    runs: Sequence[Run],
-    cells: Sequence[Cell],
-    costs: Sequence[Costs],
+    runs: Sequence[RunFolder],
+    cells: Sequence[CellRuns],
+    costs: Sequence[CellCosts],
     settings: Settings,
     unfinished: bool = False,
 ) -> list[Judged]:
@@ -108,7 +108,7 @@ def judge(
 
 
 def _find(
-    part: Part, runs: Sequence[Run], cells: Sequence[Cell], costs: Sequence[Costs], settings: Settings
+    part: Part, runs: Sequence[RunFolder], cells: Sequence[CellRuns], costs: Sequence[CellCosts], settings: Settings
 ) -> Finding:
     cell = cells[index := find_cell(cells, part.cell)]
     other = None if part.than is None else cells[find_cell(cells, part.than)]
@@ -138,7 +138,7 @@ def _verdict(part: Part, interval: Interval) -> str:
     return NOT_SUPPORTED if interval.high < part.low or part.high < interval.low else UNDECIDED
 
 
-def _mean(cell: Cell, metric: str, settings: Settings) -> _Evidence:
+def _mean(cell: CellRuns, metric: str, settings: Settings) -> _Evidence:
     """The mean over seeds."""
     values = list(cell.values(metric).values())
     interval = mean_interval(values, settings.interval, settings.level)
@@ -153,9 +153,9 @@ def _mean(cell: Cell, metric: str, settings: Settings) -> _Evidence:
     return _Evidence(interval, basis)
 
 
-def _difference(cell: Cell, other: Cell, metric: str, settings: Settings) -> _Evidence:
+def _difference(cell: CellRuns, other: CellRuns, metric: str, settings: Settings) -> _Evidence:
     """The mean of differences of equal seeds."""
-    found = paired_difference(cell.values(metric), other.values(metric), settings.interval, settings.level)
+    found = paired_difference(cell.seeded(metric), other.seeded(metric), settings.interval, settings.level)
     lost = _lost([cell, other])
     of_all = f" of {len(cell.runs)} and {len(other.runs)} runs: {lost}" if lost else ""
     interval, basis = found.interval, f"{counted(len(found.pairs), 'pair')} of seeds{of_all}"
@@ -171,7 +171,7 @@ def _difference(cell: Cell, other: Cell, metric: str, settings: Settings) -> _Ev
     return _Evidence(interval, basis)
 
 
-def _same(cell: Cell, metric: str, seeds: Sequence[int], settings: Settings) -> Interval | None:
+def _same(cell: CellRuns, metric: str, seeds: Sequence[int], settings: Settings) -> Interval | None:
     """The exact interval of a cell whose seeds all came to the same."""
     values = cell.values(metric)
     interval = mean_interval([values[seed] for seed in seeds])
@@ -179,7 +179,7 @@ def _same(cell: Cell, metric: str, seeds: Sequence[int], settings: Settings) -> 
     return None if exact is None else exact[0]
 
 
-def _of_one_run(cell: Cell, metric: str, share: float, settings: Settings) -> tuple[Interval, int] | None:
+def _of_one_run(cell: CellRuns, metric: str, share: float, settings: Settings) -> tuple[Interval, int] | None:
     """The exact interval of a share, and of how many answers; None where that is not known."""
     count = questions(cell, metric) if is_share(metric) else None
     return None if not count else (share_interval(share, count, settings.level), count)
@@ -194,19 +194,19 @@ def _beyond(evidence: _Evidence, chance: float | None) -> _Evidence:
     return _Evidence(Interval(*ends, found.deviation, found.count), evidence.basis, evidence.reason)
 
 
-def _seeds(cell: Cell, count: int) -> str:
+def _seeds(cell: CellRuns, count: int) -> str:
     """ "3 seeds", "2 seeds of 5 runs: 2 failed, 1 killed"."""
     said = counted(count, "seed")
     lost = _lost([cell])
     return f"{said} of {counted(len(cell.runs), 'run')}: {lost}" if lost else said
 
 
-def _lost(cells: Sequence[Cell]) -> str:
+def _lost(cells: Sequence[CellRuns]) -> str:
     ended = Counter(run.status for cell in cells for run in cell.runs if run.status != DONE)
     return ", ".join(f"{count} {status}" for status, count in sorted(ended.items()))
 
 
-def _too_few(cells: Sequence[Cell], metric: str) -> str:
+def _too_few(cells: Sequence[CellRuns], metric: str) -> str:
     """Why there are too few seeds to decide."""
     what = "seeds" if len(cells) == 1 else "seeds of both cells"
     said = f"expected at least {FEWEST} {what}"
@@ -222,7 +222,7 @@ def _too_few(cells: Sequence[Cell], metric: str) -> str:
     return said
 
 
-def _growth(cost: Costs, part: Part, words: str, settings: Settings) -> tuple[str, _Evidence]:
+def _growth(cost: CellCosts, part: Part, words: str, settings: Settings) -> tuple[str, _Evidence]:
     """The ratio of a cost after many tokens to that after few, and the words for it."""
     timed = part.metric == GROWTH[1]
     known: Mapping[int, object] = cost.latency_blocks if timed else cost.growth
