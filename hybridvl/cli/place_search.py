@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hybridvl.ablation.placement.candidates import Budget, Layers, candidates, kept_within, placement_of
-from hybridvl.ablation.placement.hybrids import Placement, assemble
+from hybridvl.ablation.placement.hybrids import Placement, assemble, kept_attention
 from hybridvl.ablation.placement.measures import METRICS, Measures, layer_losses
 from hybridvl.ablation.placement.outcome import Outcome, compare
 from hybridvl.ablation.placement.ranking import LINEAR, Ranking, by_beam, by_probe, by_removal, by_scores
@@ -91,7 +91,7 @@ class Search:
         """Rank the layers, compare the candidates on other samples, and write the best one as a model into a folder."""
         options = self.options
         laboratory = Laboratory(self.recipe, student)
-        hybrids = assemble(laboratory.stage, options.teacher, options.attention, self.mixers, "--attention")
+        hybrids = assemble(laboratory.stage, options.teacher, options.attention, self.mixers)
         first, second = laboratory.batches(options.batches, _BATCHES)
         with laboratory.plugin.forward_context():
             measures = Measures(hybrids, first, options.metric, laboratory.to_device)
@@ -144,6 +144,8 @@ class Search:
                 f"--linear: {linear!r} is not the teacher's ({self.teacher.pattern}) in {len(chosen)} layers; expected "
                 "at least 2 to choose from"
             )
+        with within("--attention"):
+            kept_attention(self.options.teacher, attention, chosen, self.mixers)
         return Layers(found.linear, attention, chosen, self.mixers)
 
     def _layer(self, flag: str) -> str:
@@ -164,7 +166,9 @@ class Search:
     def _count(self) -> int:
         layers, keep = self.layers.chosen, self.options.keep
         if keep is None:
-            return kept_within([self._plan(frozenset(layers[:count])) for count in range(len(layers) + 1)], self.budget)
+            plans = [self._plan(frozenset(layers[:count])) for count in range(len(layers) + 1)]
+            with within("--budget"):
+                return kept_within(plans, self.budget)
         if not 1 <= keep < len(layers):
             raise ConfigError(f"--keep: {keep}; expected 1 to {len(layers) - 1} of {len(layers)} layers")
         return int(keep)

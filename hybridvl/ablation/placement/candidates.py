@@ -77,7 +77,7 @@ def kept_within(plans: Sequence[Plan], budget: Budget) -> int:
         return most
     ends = " to ".join(_cost(plans[count], budget) for count in (1, len(plans) - 2))
     what = "no layer can" if most == 0 else "every layer can"
-    raise ConfigError(f"--budget: {what} keep attention; expected a budget for some of them, from {ends}")
+    raise ConfigError(f"{what} keep attention; expected a budget for some of them: {ends}")
 
 
 def simple_placements(layers: Sequence[int], count: int) -> dict[str, Placement]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ from hybridvl.checkpoints import open_checkpoint
 from hybridvl.checkpoints.loading import blank_model
 from hybridvl.conversion import prepare
 from hybridvl.conversion.account import mixer_prefix
-from hybridvl.layers import Sequence
-from hybridvl.layers.errors import ConfigError, within
+from hybridvl.layers import MixerConfig, Sequence
+from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.ops.one_row import one_row_products
 from hybridvl.models.block import Block
 from hybridvl.models.config import ModelConfig
@@ -121,42 +121,60 @@ class Embedded:
 
 
 def assemble(
-    stage: LayerDistillation, teacher: str, attention: str, mixers: Mapping[str, Any] | None = None, place: str = ""
+    stage: LayerDistillation, teacher: str, attention: str, mixers: Mapping[str, Any] | None = None
 ) -> Hybrids:
     """The hybrids of a stage I a, whose student is made of linear layers.
 
     Args:
         stage: teacher and student, on the device and in the dtype in which they are to run.
         teacher: the teacher's folder.
-        attention: the layer that is kept, such as "full" or "swa(window=64)".
+        attention: the layer that is kept, see `kept_attention`.
         mixers: named mixers and overrides, those of the student.
-        place: where the attention stands, for messages.
 
     Raises:
-        ConfigError: attention that is not the teacher's, windows aside; a student in which more than mixers differs.
+        ConfigError: attention that is not the teacher's; a student in which more than mixers differs.
     """
     layers = replaced_layers(stage.net.config, stage.teacher.config)
     _check_shared(stage.net, stage.teacher, layers)
-    depth = len(stage.teacher.mixer_configs)
-    with within(place):
-        plan = prepare(open_checkpoint(teacher), f"({attention})*{depth}", "none", mixers)
-    configs = parse_pattern(plan.config.pattern, plan.config.mixers).configs(plan.config.mixers)
     kept: dict[int, nn.Module] = {}
-    for layer in layers:
-        how, theirs = plan.report.layers[layer].how, stage.teacher.decoder.layers[layer]
+    for layer, config in kept_attention(teacher, attention, layers, mixers).items():
+        theirs = stage.teacher.decoder.layers[layer]
         assert isinstance(theirs, Block)
-        if how not in KEEPS:
-            before = plan.report.layers[layer].before
-            with within(place):
-                raise ConfigError(
-                    f"{attention!r} cannot go on with the weights of the teacher's layer {layer} ({before}); expected "
-                    "that layer, or the same with another window, such as swa(window=64)"
-                )
         kept[layer] = theirs.mixer
-        if how == "window":
-            kept[layer] = configs[layer].build(stage.teacher.config.width)
+        if config is not None:
+            kept[layer] = config.build(stage.teacher.config.width)
             kept[layer].load_state_dict(theirs.mixer.state_dict(), assign=True)
     return Hybrids(stage.teacher, stage.net, layers, kept)
+
+
+def kept_attention(
+    teacher: str, attention: str, layers: Iterable[int], mixers: Mapping[str, Any] | None = None
+) -> dict[int, MixerConfig | None]:
+    """What keeps the teacher's weights in each layer where attention is kept; None: the teacher's own mixer.
+
+    Args:
+        teacher: its folder.
+        attention: one layer as patterns write it, such as "full" or "swa(window=64)".
+        layers: where it may be kept.
+        mixers: named mixers and overrides.
+
+    Raises:
+        ConfigError: attention that is not the teacher's, windows aside.
+    """
+    checkpoint = open_checkpoint(teacher)
+    depth = len(parse_pattern(checkpoint.config.pattern, checkpoint.config.mixers))
+    plan = prepare(checkpoint, f"({attention})*{depth}", "none", mixers)
+    configs = parse_pattern(plan.config.pattern, plan.config.mixers).configs(plan.config.mixers)
+    found: dict[int, MixerConfig | None] = {}
+    for layer in layers:
+        report = plan.report.layers[layer]
+        if report.how not in KEEPS:
+            raise ConfigError(
+                f"{attention!r} cannot go on with the weights of the teacher's layer {layer} ({report.before}); "
+                "expected that layer, or the same with another window, such as swa(window=64)"
+            )
+        found[layer] = configs[layer] if report.how == "window" else None
+    return found
 
 
 def _check_shared(student: VisionLanguageModel, teacher: VisionLanguageModel, layers: Collection[int]) -> None:
