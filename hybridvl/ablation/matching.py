@@ -134,13 +134,17 @@ def _matched(study: Study, found: Sequence[Cell], cell: Cell, recipes: Recipes) 
                     "was; expected the budgets in another order, or numbers that change one of them"
                 )
             residuals[match.budget] = residual
-        costs = cell_costs(recipes, cell.overrides, study.matches[0].context)
+        contexts = (match.context for match in study.matches if match.context is not None)
+        costs = cell_costs(recipes, cell.overrides, next(contexts, None))
     return Matched(cell, costs, "", solved, residuals)
 
 
 def _problem(match: Match, recipes: Recipes, cell: Cell, baseline: Cell) -> _Problem:
-    wanted = cell_costs(recipes, baseline.overrides, match.context)
-    return _Problem(match, recipes, cell, baseline, float(getattr(wanted, match.budget)))
+    # Where cells differ in their data, both models are counted on the data of the cell: longer samples are no reason to
+    # make a model smaller.
+    context = match.context or recipe_context(merged_recipe(recipes, cell.overrides)) or DEFAULT_CONTEXT
+    wanted = cell_costs(recipes, baseline.overrides, context)
+    return _Problem(match, recipes, cell, baseline, context, float(getattr(wanted, match.budget)))
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,7 @@ class _Problem:
     recipes: Recipes
     cell: Cell
     baseline: Cell
+    context: int
     target: float
 
     def residual(self, cell: Cell) -> float:
@@ -199,7 +204,7 @@ class _Problem:
             raise ConfigError(f"match.by: with {path} {value}: {error}; match.multiple_of skips values") from error
 
     def _budget(self, cell: Cell) -> float:
-        costs = cell_costs(self.recipes, cell.overrides, self.match.context)
+        costs = cell_costs(self.recipes, cell.overrides, self.context)
         return float(getattr(costs, self.match.budget))
 
 

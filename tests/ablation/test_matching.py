@@ -76,6 +76,33 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("study")
 
 
+@pytest.mark.parametrize("budget", ["flops", "state_bytes"])
+def test_cells_that_differ_in_their_data(folder: Path, budget: str) -> None:
+    """Samples twice as long cost full attention more; that is no reason for another model."""
+    by = "model.net.mlp_width" if budget == "flops" else "model.net.mixers.gdn.head_dim"
+    axes = {"tokens": {"key": "data.max_tokens", "values": [128, 256]}, **_patterns("full gdn*3", "gdn*4")}
+    more = {"baseline": {"tokens": 128, "p": "full gdn*3"}}
+    own = {"budget": budget, "by": by, "tolerance": 0.2}
+    found = match_cells(study := _study(folder, axes, own, **more), cells(study))
+    first, _, long, both = found
+    assert first.cell.labels == {"tokens": "128", "p": "full gdn*3"}
+    assert (long.solved, long.residuals) == ({}, {budget: 0.0})
+    assert long.costs is not None
+    assert long.costs.context == 256
+    assert long.costs.state_bytes == pytest.approx(2 * first.costs.state_bytes, rel=0.5)  # its own, which has grown
+    # The cell that differs in its pattern, too, is matched at its own length.
+    at_its_own = {"budget": budget, "by": by, "tolerance": 0.2, "context": 256}
+    alone = _study(folder, _patterns("full gdn*3", "gdn*4"), at_its_own)
+    assert both.solved == match_cells(alone, cells(alone))[1].solved != {}
+    shown = [
+        _study(
+            folder, _patterns("full gdn*3", "gdn*4"), [{"budget": "params", "tolerance": 0.9}, {**own, "context": 640}]
+        )
+    ]
+    (costs,) = {entry.costs.context for entry in match_cells(shown[0], cells(shown[0])) if entry.costs is not None}
+    assert costs == 640
+
+
 layers = st.sampled_from(["swa", "gdn", "full", "mamba2", "swa(window=8)", "swa+gdn", "gdn+mamba2"])
 
 
