@@ -13,9 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from hybridvl.checkpoints.files import write_json
 from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.processes import Ended
-from hybridvl.pipeline.records import read_record, write_record
+from hybridvl.pipeline.records import read_record
 
 State = Literal["new", "stopped", "failed", "pruned", "done"]
 
@@ -131,17 +132,17 @@ class RunRecord:
             "attempts": attempts,
             "log_from": before,
         }
-        write_record(self.started, {**facts, "started": _now()})
+        write_json(self.started, {**facts, "started": _now()})
         return words
 
     def finish(self, ended: Ended) -> None:
         """Write how its process ended, and the reason if that was not well."""
         facts = {"status": ended.status, "signal": ended.signal, "reason": self._reason(ended), "ended": _now()}
-        write_record(self.ended, facts)
+        write_json(self.ended, facts)
 
     def prune(self, reason: str) -> None:
         """Write that a search gives it up, and why."""
-        write_record(self.pruned, {"reason": reason, "pruned": _now()})
+        write_json(self.pruned, {"reason": reason, "pruned": _now()})
 
     def _reason(self, ended: Ended) -> str:
         if not ended.status and "ended" in self.metrics:

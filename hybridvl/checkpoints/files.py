@@ -57,10 +57,13 @@ def parse_json(text: str, path: Path) -> dict[str, Any]:
     return values
 
 
-def write_files(folder: Path, files: Mapping[str, Callable[[Path], object]], stale: Iterable[str] = ()) -> None:
+def write_files(
+    folder: Path, files: Mapping[str, Callable[[Path], object]], stale: Iterable[str] = (), durable: bool = True
+) -> None:
     """Replace files of a folder: each is filled by its function under another name first, then all get their names.
 
-    The data reach the disk before the names do, and `stale` files go last. A name that is a link becomes a file of its
+    The data reach the disk before the names do, unless it is not to be `durable`: then a power cut may leave an empty
+    file. `stale` files go last. A name that is a link becomes a file of its
     own: what the link points to stays as it is. Raises ConfigError when anything cannot be written: a full disk, or a
     folder that has the name of a file, shows while no name has changed yet, and all files are as they were. What
     processes that were killed while they wrote have left behind in the folder is removed.
@@ -77,19 +80,27 @@ def write_files(folder: Path, files: Mapping[str, Callable[[Path], object]], sta
         for name, write in files.items():
             current = folder / name
             write(temporary[name])
-            _flush(temporary[name])
+            if durable:
+                _flush(temporary[name])
         for name, path in temporary.items():
             current = folder / name
             os.replace(path, current)
         for name in stale:
             (folder / name).unlink(missing_ok=True)
-        _flush(folder)
+        if durable:
+            _flush(folder)
     except OSError as error:
         raise ConfigError(f"{current}: cannot be written: {error.strerror or error}") from error
     finally:
         for path in temporary.values():
             with contextlib.suppress(OSError):
                 path.unlink()
+
+
+def write_json(path: Path, content: Mapping[str, Any], durable: bool = True) -> None:
+    """Replace a JSON file, see `write_files`; what JSON has no words for becomes its text."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
+    write_files(path.parent, {path.name: text_writer(text)}, durable=durable)
 
 
 def text_writer(text: str) -> Callable[[Path], object]:

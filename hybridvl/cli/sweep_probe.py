@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -34,22 +35,24 @@ _ALONE = tuple(
 
 def measured_times(runs: Sequence[Run], slot: Slot) -> list[float | None]:
     """Seconds of training of each run, from its first steps; None for what took too long or failed."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hybridvl.cli.sweep_probe"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, **slot.environment},
-        preexec_fn=bound_to_slot(slot),
-        text=True,
-    )
-    try:
-        out, _ = process.communicate(json.dumps([run.arguments for run in runs]), _START + _PATIENCE * len(runs))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, _ = process.communicate()
-    found = [json.loads(line) for line in out.splitlines()]
-    return found + [None] * (len(runs) - len(found))
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "seconds"  # what stands on its standard output, others may have written, too
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hybridvl.cli.sweep_probe", str(found)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, **slot.environment},
+            preexec_fn=bound_to_slot(slot),
+            text=True,
+        )
+        try:
+            process.communicate(json.dumps([run.arguments for run in runs]), _START + _PATIENCE * len(runs))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        lines = found.read_text().splitlines() if found.exists() else []
+    return [json.loads(line) for line in lines] + [None] * (len(runs) - len(lines))
 
 
 class _Enough(Exception):
@@ -107,11 +110,12 @@ class _Probe(TrainingCLI):
 
 
 def main() -> int:
-    """Read a list of arguments of fits from standard input, print the seconds of each as a line of JSON."""
+    """Read a list of arguments of fits from standard input, add the seconds of each as a line of JSON to a file."""
     for arguments in json.load(sys.stdin):
-        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        with tempfile.TemporaryDirectory() as folder:
             seconds = _seconds([*arguments, *_ALONE, f"--run.root={folder}", f"--trainer.default_root_dir={folder}"])
-        print(json.dumps(seconds), flush=True)
+        with Path(sys.argv[1]).open("a") as file:
+            file.write(f"{json.dumps(seconds)}\n")
     return 0
 
 

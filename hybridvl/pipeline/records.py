@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridvl.checkpoints.files import parse_json, read_text, text_writer, write_files
+from hybridvl.checkpoints.files import parse_json, read_text, write_json
 from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.description import Stage
 from hybridvl.pipeline.mappings import read_mapping
@@ -59,13 +59,13 @@ class StageRun:
         """Write what the run is started with."""
         recipes = [str(path) for path in stage.recipes]
         facts = {"stage": stage.name, "recipes": recipes, "overrides": dict(stage.overrides), "arguments": arguments}
-        write_record(self.record, {"key": key, **facts})
+        write_json(self.record, {"key": key, **facts})
 
     def finish(self, finished: str) -> None:
         """Mark it as done at a time; a run that left no model is refused."""
         if not self._has_model:
             raise ConfigError(f"{self.model}: no model, though the fit ended well; expected one (was it a dry run?)")
-        write_record(self.folder / DONE, {"key": self.key, "finished": finished})
+        write_json(self.folder / DONE, {"key": self.key, "finished": finished})
 
     def forget_refused(self) -> None:
         """Remove the record if the fit was refused, so that there is no folder."""
@@ -111,9 +111,3 @@ def read_record(path: Path) -> dict[str, Any]:
         return parse_json(read_text(path), path)
     except ConfigError:
         return {}
-
-
-def write_record(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a record whole or not at all; ConfigError where that cannot be done."""
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
-    write_files(path.parent, {path.name: text_writer(text)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import hybridvl
 from hybridvl.checkpoints import load_weights, open_checkpoint, read_config
-from hybridvl.checkpoints.files import text_writer, write_files
+from hybridvl.checkpoints.files import parse_json, read_text, text_writer, write_files, write_json
 from hybridvl.layers import ConfigError
 
 GATE = "decoder.layers.1.mlp.gate_proj.weight"
@@ -90,6 +91,29 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         write_files(tmp_path, {"a": text_writer("whole"), "b": fail})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("durable", "flushes"), [(True, 2), (False, 0)])
+def test_json_is_replaced_as_a_whole(
+    durable: bool, flushes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    path = tmp_path / "new" / "metrics.json"
+    for content in ({"a": 1}, {"b": [0.5, None, "é"], "folder": Path("x")}):
+        flushed.clear()
+        write_json(path, content, durable)
+        assert len(flushed) == flushes  # the file and the folder
+    assert parse_json(read_text(path), path) == {"b": [0.5, None, "é"], "folder": "x"}
+    monkeypatch.setattr(os, "replace", _full)
+    with pytest.raises(ConfigError, match=r"metrics\.json: cannot be written: No space left"):
+        write_json(path, {"c": 2}, durable)
+    assert "b" in parse_json(read_text(path), path)
+    assert [entry.name for entry in path.parent.iterdir()] == ["metrics.json"]
+
+
+def _full(*given: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_what_a_killed_process_has_left_goes(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_labels_and_metrics_are_all_that_hparams_shows(tmp_path: Path) -> None:
     assert {name: value.string_value or value.number_value for name, value in shown.items()} == {
         "ratio": "1/4",
         "window": "16",
-        "seed": 3,
+        "seed": "3",
     }
     content = events.SummaryMetadata("_hparams_/experiment").plugin_data.content
     columns = [info.name.tag for info in HParamsPluginData.FromString(content).experiment.metric_infos]

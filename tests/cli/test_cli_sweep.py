@@ -40,11 +40,12 @@ def _write(folder: Path, study: str = STUDY) -> None:
 
 
 def _sweep(folder: Path, *arguments: str, fault: str | None = None) -> subprocess.Popen[str]:
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    paths = os.pathsep.join([str(folder), str(Path(__file__).parent), *sys.path])
+    faults = {} if fault is None else {FAULT: fault}
     return subprocess.Popen(
         [Path(sys.executable).parent / "hybridvl", "sweep", "study.yaml", *arguments],
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths, **({} if fault is None else {FAULT: fault})},
+        env={**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", **faults},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -138,12 +139,23 @@ def test_killed_parents_and_children_lose_nothing(shared: Path, tmp_path: Path) 
         assert cli_runs.differences(*ends) == []
 
 
+STRAY = """
+import os
+from lightning.pytorch import Callback
+class Stray(Callback):
+    def setup(self, trainer, pl_module, stage):
+        os.write(1, b"a library says hello\\nwithout a line's end")
+"""
+
+
 def test_a_dry_run_measures_a_few_steps_and_leaves_nothing(tmp_path: Path) -> None:
-    """Of a cell that cannot be trained it does not know how long that would take."""
+    """Of a cell that cannot be trained it does not know how long that would take. Fits may print what they like."""
     axis = "tokens: {key: data.max_tokens, values: [8, 256]}"
     _write(tmp_path, STUDY.replace(MIXER, axis))
     recipe = tmp_path / "tiny.yaml"
-    recipe.write_text(recipe.read_text().replace("max_steps: 8", "max_steps: 1000000"))
+    text = recipe.read_text().replace("max_steps: 8", "max_steps: 1000000")
+    recipe.write_text(text.replace("disk_faults.Ended", "stray_lines.Stray"))
+    (tmp_path / "stray_lines.py").write_text(STRAY)
     before = sorted(tmp_path.iterdir())
     out = _ended(_sweep(tmp_path, "--dry-run", "--jobs", "1"), 0)
     assert sorted(tmp_path.iterdir()) == before
@@ -176,14 +188,19 @@ def test_other_settings_are_not_taken_for_the_same_run(
     shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(shared)
-    assert main(["sweep", "study.yaml", "--overrides.model.optimizer.lr", "0.5"]) == 2
-    assert "made with another study than study.yaml is now: overrides.model.optimizer.lr" in capsys.readouterr().err
+    for more in ([], ["--dry-run", "--no-probe"]):
+        assert main(["sweep", "study.yaml", "--overrides.model.optimizer.lr", "0.5", *more]) == 2
+        printed = capsys.readouterr()
+        assert "made with another study than study.yaml is now: overrides.model.optimizer.lr" in printed.err
+        assert printed.out == ""
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--jobs", "0"], "--jobs: 0; expected at least 1"),
+        (["--cores", "2"], "--cores: 2; expected --engine ray with it"),
+        (["--no-probe"], "--no-probe: expected --dry-run with it"),
         (["--seeds", "[]"], "seeds: []"),
         (["--axes.mixers.values", "[swa]"], "axes.mixers: unknown key, did you mean 'mixer'?"),
     ],

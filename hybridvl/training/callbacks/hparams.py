@@ -39,7 +39,8 @@ class HParams(Callback):
         from torch.utils.tensorboard.summary import hparams
 
         # Labels stay texts: a column of numbers for some runs and texts for others can be neither sorted nor filtered.
-        settings = {**(self.labels or settings_of(pl_module)), "seed": self.seed}
+        # The seed is one, too, as TensorBoard would show 1.0000.
+        settings = {**(self.labels or settings_of(pl_module)), "seed": str(self.seed)}
         values = {name: _plain(value) for name, value in settings.items()}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

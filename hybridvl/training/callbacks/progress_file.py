@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -10,7 +11,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from hybridvl.training.callbacks.run_summary import write_json
+from hybridvl.checkpoints.files import write_json
+from hybridvl.layers.errors import ConfigError
 from hybridvl.training.callbacks.throughput import Throughput
 from hybridvl.training.trainer import is_dry_run, run_folder
 
@@ -76,7 +78,8 @@ class ProgressFile(Callback):
             "tokens": 0 if speed is None else speed.tokens,
             "metrics": self._metrics,
         }
-        write_json(run_folder(trainer) / NAME, facts)
+        with contextlib.suppress(ConfigError):  # who trains does not need it
+            write_json(run_folder(trainer) / NAME, facts, durable=False)
 
 
 def _steps(trainer: Trainer) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from hybridvl.checkpoints.files import text_writer, write_files
+from hybridvl.checkpoints.files import write_json
 from hybridvl.training.base import TrainingModule
 from hybridvl.training.callbacks.checkpoints import BEST, LAST, Checkpoints, checkpoint_folder
 from hybridvl.training.callbacks.skipped import SkippedSamples
@@ -137,12 +137,6 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    write_files(path.parent, {path.name: text_writer(text)})
 
 
 def _checkpoint(trainer: Trainer) -> str | None:
