@@ -108,6 +108,15 @@ def test_every_lag_is_asked_for_as_often(lag: tuple[int, int] | None, first: int
     assert max(abs(count - expected) for count in counts.values()) < 5 * math.sqrt(expected)
 
 
+@pytest.mark.parametrize(("split", "weight"), [("train", 1.5), ("test", 0.0)])
+def test_training_shows_short_streams_more_often(split: Any, weight: float) -> None:
+    source = FrameRecall((1, 6), skew=1.5).source(split, 0)
+    counts = np.bincount([len(source.drawn(index).scans) for index in range(3000)], minlength=7)[1:]
+    weights = 1 / np.arange(1, 7) ** weight
+    expected = 3000 * weights / weights.sum()
+    assert (np.abs(counts - expected) < 5 * np.sqrt(expected)).all()
+
+
 def test_kinds_are_buckets_of_lags_and_of_items() -> None:
     kinds = set(FrameRecall(frames=9, items=3).source("val", 0).sample(0, 0)["kinds"])
     source = FrameRecall(frames=9, items=3).source("val", 0)
@@ -160,6 +169,7 @@ def test_a_small_frame_is_one_token() -> None:
         ({"lag": (0, 3)}, r"data\.task\.lag: \[0, 3\]"),
         ({"lag": (13, 20)}, r"data\.task\.lag: \[13, 20\]; expected a smallest lag of at most the fewest frames, 12"),
         ({"frames": 27}, r"data\.task\.letters: 1, which give 26 labels; expected enough for 27 labelled frames"),
+        ({"skew": 11.0}, r"data\.task\.skew: 11\.0; expected a number from 0 to 10"),
         ({"letters": 0}, r"data\.task\.letters: 0; expected at least 1"),
         ({"size": 0}, r"data\.task\.size: 0"),
         ({"turns": 0}, r"data\.task\.turns: 0"),

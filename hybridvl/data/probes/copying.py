@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix
+from hybridvl.data.probes.probe import Asked, Probe
+from hybridvl.data.probes.sizes import bucket, load_prefix
 from hybridvl.data.probes.symbols import ASK, LETTERS, LONGEST_STREAM
 from hybridvl.data.task import Split, require_span
 from hybridvl.layers.errors import ConfigError

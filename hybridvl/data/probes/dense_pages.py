@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from hybridvl.data.digits import scan_splits, scans
 from hybridvl.data.probes.frames import MOST_DISTORTED
-from hybridvl.data.probes.probe import Asked, Probe, bucket, require_number
+from hybridvl.data.probes.probe import Asked, Probe
+from hybridvl.data.probes.sizes import bucket, require_number, require_skew, skewed_size
 from hybridvl.data.scans import PAPER, render_page
 from hybridvl.data.task import Split, require_span
 from hybridvl.layers.errors import ConfigError
 
 _MOST_DIGITS = 10_000
 _SMALLEST_CELL = 4
-_MOST_SKEW = 10
 
 
 class DensePages(Probe[NDArray[np.int64]]):
@@ -58,7 +58,7 @@ class DensePages(Probe[NDArray[np.int64]]):
         super().__init__((train_samples, val_samples, test_samples), "samples", {"cell": cell})
         self.digits = require_span("data.task.digits", digits, _MOST_DIGITS)
         require_number("augment", augment, MOST_DISTORTED)
-        require_number("skew", skew, _MOST_SKEW)
+        require_skew(skew)
         if page is not None and page < _SMALLEST_CELL * _columns(self.digits[1]):
             raise ConfigError(
                 f"data.task.page: {page} pixels; expected at least {_SMALLEST_CELL * _columns(self.digits[1])}, "
@@ -72,9 +72,8 @@ class DensePages(Probe[NDArray[np.int64]]):
 
     def draw(self, rng: np.random.Generator, split: Split) -> NDArray[np.int64]:
         """(n,) which scans stand on the page, line by line."""
-        numbers = np.arange(self.digits[0], self.digits[1] + 1)
-        weights = numbers.astype(float) ** -(self.skew if split == "train" else 0.0)
-        return rng.choice(scan_splits()[split], size=int(rng.choice(numbers, p=weights / weights.sum())))
+        count = skewed_size(rng, self.digits, self.skew if split == "train" else 0.0)
+        return rng.choice(scan_splits()[split], size=count)
 
     def show(self, drawn: NDArray[np.int64], rng: np.random.Generator, split: Split) -> list[dict[str, Any]]:
         """The page."""

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from hybridvl.data.digits import scan_splits, scans
 from hybridvl.data.probes.frames import MOST_DISTORTED, frame_parts
-from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix, require_lag, require_number
+from hybridvl.data.probes.probe import Asked, Probe
+from hybridvl.data.probes.sizes import bucket, load_prefix, require_lag, require_number, require_skew, skewed_size
 from hybridvl.data.probes.symbols import LETTERS, LONGEST_STREAM, letters_text, require_labels
 from hybridvl.data.task import Split, require_span
 
@@ -42,6 +43,8 @@ class FrameRecall(Probe[Stream]):
         items: fewest and most labelled frames, or how many; a stream with fewer frames labels them all, and so does
             null. The other frames are there to be forgotten.
         lag: smallest and largest lag of what is asked for; null: any.
+        skew: how much more often training shows short streams, from which recall is learnt first: n frames have a
+            weight of n ** -skew; at 0 every n is as likely.
         letters: letters of a label.
         size: pixels per side of a frame.
         turns: questions about one training stream, in one conversation, about different frames.
@@ -57,6 +60,7 @@ class FrameRecall(Probe[Stream]):
         frames: int | tuple[int, int] = 12,
         items: int | tuple[int, int] | None = None,
         lag: tuple[int, int] | None = None,
+        skew: float = 0.0,
         letters: int = 1,
         size: int = 8,
         turns: int = 4,
@@ -71,9 +75,11 @@ class FrameRecall(Probe[Stream]):
         self.frames = require_span("data.task.frames", frames, LONGEST_STREAM)
         self.items = None if items is None else require_span("data.task.items", items, LONGEST_STREAM)
         self.lag = require_lag(lag, self.frames[0], LONGEST_STREAM)
+        require_skew(skew)
         require_number("augment", augment, MOST_DISTORTED)
         most = self.frames[1] if self.items is None else min(self.items[1], self.frames[1])
         require_labels(letters, most, "labelled frames")
+        self.skew = skew
         self.letters = letters
         self.size = size
         self.turns = turns
@@ -82,7 +88,7 @@ class FrameRecall(Probe[Stream]):
 
     def draw(self, rng: np.random.Generator, split: Split) -> Stream:
         """The frames of a stream, their labels, and which of them are asked for."""
-        count = int(rng.integers(self.frames[0], self.frames[1] + 1))
+        count = skewed_size(rng, self.frames, self.skew if split == "train" else 0.0)
         labelled = count if self.items is None else min(count, int(rng.integers(self.items[0], self.items[1] + 1)))
         nearest, farthest = (1, count) if self.lag is None else (self.lag[0], min(self.lag[1], count))
         turns = min(self.turns if split == "train" else self.eval_turns, labelled, farthest - nearest + 1)

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from hybridvl.data.digits import scans
 from hybridvl.data.probes.frames import MOST_DISTORTED, scans_of
-from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix, require_number
+from hybridvl.data.probes.probe import Asked, Probe
+from hybridvl.data.probes.sizes import bucket, load_prefix, require_number
 from hybridvl.data.probes.symbols import digits_text
 from hybridvl.data.scans import render_page
 from hybridvl.data.task import Split, kind_weights, require_span

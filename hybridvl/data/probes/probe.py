@@ -9,7 +9,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 
-from hybridvl.data.task import Sample, Source, Split, Task, require_span, require_split, sample_rng
+from hybridvl.data.task import Sample, Source, Split, Task, require_split, sample_rng
 from hybridvl.layers.errors import ConfigError
 
 Drawn = TypeVar("Drawn")
@@ -103,35 +103,3 @@ class ProbeSource(Source, Generic[Drawn]):
     def drawn(self, index: int, epoch: int = 0) -> Drawn:
         """What sample `index` holds."""
         return self.task.draw(sample_rng(self.seed, self.split, index, epoch), self.split)
-
-
-def bucket(number: int) -> str:
-    """The numbers of about the same size, up to a power of two: "1", "2", "3_4", "5_8" and so on."""
-    high = 1 << (number - 1).bit_length()
-    return str(high) if high <= 2 else f"{high // 2 + 1}_{high}"
-
-
-def load_prefix(name: str, number: int, span: tuple[int, int]) -> str:
-    """What a kind begins with where a load is swept, such as "items_5_8_"; "" where all samples have the same."""
-    return f"{name}_{bucket(number)}_" if span[0] < span[1] else ""
-
-
-def require_number(name: str, value: float, most: float) -> None:
-    """Raise ConfigError unless the setting data.task.NAME is a number from 0 to `most`."""
-    if not 0 <= value <= most:
-        raise ConfigError(f"data.task.{name}: {value}; expected a number from 0 to {most}")
-
-
-def require_lag(lag: tuple[int, int] | None, fewest: int, most: int) -> tuple[int, int] | None:
-    """The range of lags data.task.lag, or null for any; ConfigError unless streams of the `fewest` frames have some.
-
-    most: largest number that a lag may have.
-    """
-    if lag is None:
-        return None
-    low, high = require_span("data.task.lag", lag, most)
-    if low > fewest:
-        raise ConfigError(
-            f"data.task.lag: {[low, high]}; expected a smallest lag of at most the fewest frames, {fewest}"
-        )
-    return low, high

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from hybridvl.data.digits import scan_splits, scans
 from hybridvl.data.probes.frames import MOST_DISTORTED, frame_parts
-from hybridvl.data.probes.probe import Asked, Probe, bucket, load_prefix, require_lag, require_number
+from hybridvl.data.probes.probe import Asked, Probe
+from hybridvl.data.probes.sizes import bucket, load_prefix, require_lag, require_number
 from hybridvl.data.probes.symbols import LONGEST_STREAM
 from hybridvl.data.task import Split, require_span
 from hybridvl.layers.errors import ConfigError
