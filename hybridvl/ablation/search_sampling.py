@@ -19,7 +19,7 @@ from hybridvl.ablation.search_space import Search
 
 Labels = dict[str, str]
 
-_ATTEMPTS = 50  # draws before a new cell is looked for in another way
+_ATTEMPTS = 10  # draws before a new cell is looked for in another way
 
 
 def distributions(axes: Sequence[Axis]) -> dict[str, BaseDistribution]:

@@ -11,12 +11,13 @@ import pytest
 from hybridvl.ablation import study as study_module
 from hybridvl.ablation.cells import cell_name, cells
 from hybridvl.ablation.matching import match_cells
+from hybridvl.ablation.search_space import SEARCH_KEYS
 from hybridvl.ablation.study import read_study
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "ablations.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-WHOLE, MATCH = (text for kind, text in BLOCKS if kind == "yaml")
+WHOLE, MATCH, SEARCH = (text for kind, text in BLOCKS if kind == "yaml")
 
 
 def _study(folder: Path, text: str) -> Path:
@@ -49,6 +50,14 @@ def test_two_budgets(tmp_path: Path) -> None:
     assert linear.solved.keys() == {"model.net.mixers.gdn.head_dim", "model.net.mlp_width"}
 
 
+def test_a_search(tmp_path: Path) -> None:
+    start = WHOLE[: WHOLE.index("axes:")]
+    study = read_study(_study(tmp_path, start + SEARCH))
+    assert study.search is not None
+    assert study.search.trials == 24
+    assert [axis.range is None for axis in study.axes] == [False, False, True]
+
+
 def test_the_example_prints_what_is_shown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     (code,) = (text for kind, text in BLOCKS if kind == "python")
@@ -59,7 +68,7 @@ def test_the_example_prints_what_is_shown(monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_every_key_has_a_row() -> None:
     rows = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (.*?) \|", PAGE, re.MULTILINE))))
-    assert set(study_module._KEYS) | set(study_module._MATCH_KEYS) <= rows
+    assert set(study_module._KEYS) | set(study_module._MATCH_KEYS) | set(SEARCH_KEYS) <= rows
 
 
 def test_the_commands_read_their_studies() -> None:
