@@ -14,6 +14,8 @@ from report_runs import recipe, write_run, write_study
 from scipy import stats
 
 from hybridvl.ablation.report.metrics import direction, is_cost, metric_label
+from hybridvl.ablation.report.wording import with_interval
+from hybridvl.ablation.statistics import Interval
 from hybridvl.cli import main
 
 VALUES = {"0": [0.42, 0.40, 0.47], "1/4": [0.61, 0.66, 0.70], "1": [0.60, 0.68, 0.69]}
@@ -233,6 +235,12 @@ def test_which_way_is_better_and_the_unit(metric: str, way: int, unit: str) -> N
     assert direction(metric) == way
     assert is_cost(metric) is (way < 0)
     assert metric_label(metric) == (f"{metric} ({unit})" if unit else metric)
+
+
+def test_numbers_as_they_are_written() -> None:
+    assert with_interval(Interval(0.25, 0.2, 0.3, 0.1, 3)) == "0.250 [0.200, 0.300]"
+    assert with_interval(Interval(-0.0002968, -0.034, 0.0336, 0.01, 3), "+") == "-0.0003 [-0.034, 0.034]"
+    assert with_interval(Interval(2e-5, 1e-5, 3e-5, 1e-5, 3), "+") == "+2.00e-05 [1.00e-05, 3.00e-05]"
 
 
 def test_runs_of_several_studies_are_cells_of_their_own(tmp_path: Path) -> None:

@@ -12,15 +12,17 @@ from scipy import stats
 
 from hybridvl.ablation.report.analysis import Analysis, analyse
 from hybridvl.ablation.report.cache import Cache
+from hybridvl.ablation.report.cell_pictures import draw_cells, draw_differences
 from hybridvl.ablation.report.cells import Settings
-from hybridvl.ablation.report.curves import band, curve_tags, draw_curves, draw_growth, draw_slices
+from hybridvl.ablation.report.cost_pictures import draw_growth, draw_pareto
+from hybridvl.ablation.report.curve_pictures import band, curve_tags, draw_curves, draw_slices
 from hybridvl.ablation.report.events import Curve
 from hybridvl.ablation.report.figures import draw_all
 from hybridvl.ablation.report.guessing import guessing
-from hybridvl.ablation.report.plots import draw_cells, draw_differences, draw_pareto
 from hybridvl.ablation.report.runs import collect
 from hybridvl.ablation.report.slices import slices_of
 from hybridvl.ablation.report.style import limits
+from hybridvl.ablation.report.tables import length_tables
 
 VALUES = {"0": [0.42, 0.40, 0.47], "1/4": [0.61, 0.66, 0.70], "1": [0.60, 0.68, 0.69]}
 
@@ -163,9 +165,18 @@ def test_decode_steps_are_timed_after_so_many_tokens(sliced: Path) -> None:
     figure = draw_growth(analysis, "test/exact")
     assert figure is not None
     assert [list(line.get_xdata()) for line in figure.axes[1].lines] == [[16, 64]] * 2
+    (head, rows) = length_tables(analysis)[0]
+    assert head == ["cell", "state after 16", "state after 64", "step after 16", "step after 64"]
+    assert [row[0] for row in rows] == ["mixer=gdn", "mixer=swa"]
+    assert [float(row[4].removesuffix(" ms")) for row in rows] == pytest.approx(
+        [1e3 * cost.latency[64] for cost in analysis.costs], abs=5e-3
+    )
+    spans = [line.get_segments() for line in figure.axes[1].collections]  # from the shortest to the slowest block
+    for (((_, low), (_, high)),), cost in zip(spans[::2], analysis.costs, strict=True):
+        assert (low, high) == pytest.approx((1e3 * cost.latency[16], 1e3 * max(cost.latency_blocks[16])))
     pareto = draw_pareto(analysis, "test/exact")
     assert pareto is not None
-    assert "measured time of a decode step after 64 tokens" in [axes.get_xlabel() for axes in pareto.axes]
+    assert "measured time of a decode step after 64 tokens (ms)" in [axes.get_xlabel() for axes in pareto.axes]
 
 
 def test_times_that_runs_have_logged_come_first(tmp_path: Path) -> None:
@@ -194,7 +205,53 @@ def test_how_far_guessing_gets(tmp_path: Path) -> None:
     figure = draw_slices(analysis, "test/exact")
     assert figure is not None
     dotted = [line for line in figure.axes[0].lines if line.get_linestyle() == ":"]
-    assert [list(line.get_ydata()) for line in dotted] == [pytest.approx([0.1] * 6)]
+    assert [list(line.get_ydata()) for line in dotted] == [pytest.approx([0.1] * 9)]
+
+
+@pytest.fixture
+def two_tasks(tmp_path: Path) -> Path:
+    """Two patterns on two probes, of which each has slices and a level of guessing of its own."""
+    tasks = {
+        "frames": ("frame_recall.FrameRecall", {"frames": 4, "test_streams": 20}, ("lag_1", "lag_2", "lag_3_4")),
+        "pages": ("dense_pages.DensePages", {"digits": [1, 2], "test_samples": 20}, ("digits_1", "digits_2")),
+    }
+    for task, (name, arguments, kinds) in tasks.items():
+        for pattern, value in (("gdn*3", 0.5), ("swa*3", 0.7)):
+            for seed in (0, 1):
+                config = recipe(seed, {"task": task, "mixer": pattern[:3]}, pattern)
+                config["data"]["task"] = {"class_path": f"hybridvl.data.probes.{name}", "init_args": arguments}
+                value = value + 0.01 + (task == "pages") / 8
+                metrics = {"test/exact": value, **{f"test/{kind}_exact": value for kind in kinds}}
+                write_run(tmp_path / task / pattern[:3] / f"seed_{seed}", config, metrics)
+    return tmp_path
+
+
+def test_guessing_is_that_of_the_cells_that_were_asked(two_tasks: Path) -> None:
+    figure = draw_slices(analysed(two_tasks), "test/exact")
+    assert figure is not None
+    levels = {}
+    for axes in figure.axes:
+        (dotted,) = [line for line in axes.lines if line.get_linestyle() == ":"]
+        levels[axes.get_xlabel()] = np.asarray(dotted.get_ydata())
+    assert levels["lag"].tolist() == pytest.approx([0.1] * 9)
+    # Of one digit and of two: two levels, and no line from one to the other.
+    assert levels["digits"][[0, 1, 3, 4]].tolist() == pytest.approx([0.1, 0.1, 0.01, 0.01])
+    assert np.isnan(levels["digits"][[2, 5]]).all()
+
+
+def test_each_task_has_a_front_of_its_own(two_tasks: Path) -> None:
+    """A share of other answers is no better or worse."""
+    analysis = analysed(two_tasks)
+    figure = draw_pareto(analysis, "test/exact")
+    assert figure is not None
+    state = next(axes for axes in figure.axes if axes.get_xlabel().startswith("state"))
+    fronts = [line for line in state.lines if line.get_drawstyle() == "steps-post"]
+    means = {cell.name: r.interval.mean for cell, r in zip(analysis.cells, analysis.results["test/exact"], strict=True)}
+    assert [list(line.get_ydata()) for line in fronts] == [
+        [means["mixer=swa, task=frames"]],
+        [means["mixer=swa, task=pages"]],
+    ]
+    assert len({line.get_linestyle() for line in fronts}) == 2
 
 
 def test_pictures_are_readable_files(study: Path, tmp_path: Path) -> None:

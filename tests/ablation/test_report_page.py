@@ -77,6 +77,20 @@ def test_the_page_needs_nothing_else(page: Path) -> None:
     assert "<b>" not in page.read_text()
 
 
+def test_claims_are_not_sorted_and_all_else_is(page: Path) -> None:
+    """The parts of a claim stay below it."""
+    study = page.parents[1]
+    claim = {"claim": "So it is.", "cell": {"ratio": "0"}, "metric": "test/exact", "above": 0}
+    (study / "claims.yaml").write_text(json.dumps({"claims": [claim]}))
+    assert 'class="table claims"' not in page.read_text()
+    assert main(["report", str(study), "--claims", str(study / "claims.yaml")]) == 0
+    text = page.read_text()
+    assert re.findall(r'class="table (\w+)"', text) == ["claims", *["sorted"] * (text.count("<table>") - 1)]
+    assert '".sorted table"' in text
+    assert '<td class="n">0.410 [' in text  # the mean of two seeds; what it is over stands to the left
+    assert ">2 seeds; expected at least 3 seeds; 2 of 3 runs are done, 1 unfinished</td>" in text
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which is not installed here")
 def test_in_a_browser_every_run_and_metric_is_seen(page: Path, tmp_path: Path) -> None:
     text = page.read_text()

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from matplotlib.figure import Figure
 
 from hybridvl.ablation.report.analysis import Analysis
-from hybridvl.ablation.report.curves import draw_curves, draw_growth, draw_slices
-from hybridvl.ablation.report.plots import draw_cells, draw_differences, draw_pareto
+from hybridvl.ablation.report.cell_pictures import draw_cells, draw_differences
+from hybridvl.ablation.report.cost_pictures import draw_growth, draw_pareto
+from hybridvl.ablation.report.curve_pictures import draw_curves, draw_slices
 
 _DRAWINGS: Sequence[tuple[str, str, Callable[[Analysis, str], Figure | None]]] = (
     ("cells", "{metric} of every cell with intervals and single seeds", draw_cells),

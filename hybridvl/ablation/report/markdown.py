@@ -14,6 +14,7 @@ from hybridvl.ablation.report.tables import (
     cost_rows,
     cost_sentence,
     headline,
+    length_tables,
     method,
     metric_table,
 )
@@ -30,6 +31,7 @@ def markdown(analysis: Analysis, pictures: Sequence[Picture]) -> str:
         parts += [f"## {name}{better}", _table(*metric_table(analysis, name))]
         parts += [f"![{picture.shows}]({picture.name})" for picture in pictures if picture.metric == name]
     parts += ["## Costs", cost_sentence(analysis), _table(COST_HEAD, cost_rows(analysis))]
+    parts += [_table(*table) for table in length_tables(analysis)]
     parts += [f"![{picture.shows}]({picture.name})" for picture in pictures if not picture.metric]
     if analysis.left_out:
         parts.append(f"## {counted(len(analysis.left_out), 'run')} that no mean is taken over")

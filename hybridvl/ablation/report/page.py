@@ -19,6 +19,7 @@ from hybridvl.ablation.report.tables import (
     cost_rows,
     cost_sentence,
     headline,
+    length_tables,
     method,
     metric_table,
 )
@@ -35,10 +36,11 @@ def page(analysis: Analysis, pictures: Sequence[Picture]) -> str:
     """The whole page."""
     sections = []
     if analysis.claims:
-        claims = f"<p>{escape(CLAIM_SENTENCE)}</p>{_table(CLAIM_HEAD, claim_rows(analysis))}"
+        claims = f"<p>{escape(CLAIM_SENTENCE)}</p>{_claims(analysis)}"
         sections.append((f"Claims ({len(analysis.claims)})", claims))
     sections += [(metric, _metric(analysis, metric, pictures)) for metric in analysis.metrics]
-    costs = f"<p>{escape(cost_sentence(analysis))}</p>{_table(COST_HEAD, cost_rows(analysis))}{_figures(pictures, '')}"
+    tables = _table(COST_HEAD, cost_rows(analysis)) + "".join(_table(*table) for table in length_tables(analysis))
+    costs = f"<p>{escape(cost_sentence(analysis))}</p>{tables}{_figures(pictures, '')}"
     sections.append(("Costs", costs))
     if analysis.left_out:
         rows = [(run.name, _seed(run.seed), why) for run, why in analysis.left_out]
@@ -61,6 +63,12 @@ def page(analysis: Analysis, pictures: Sequence[Picture]) -> str:
         f"<p>{escape(method(analysis))}</p><nav>{links}</nav></header><main>{body}</main>"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
+
+
+def _claims(analysis: Analysis) -> str:
+    """Claims with their parts below them, which stay there: the table is not sorted."""
+    table = _table(CLAIM_HEAD, claim_rows(analysis), texts=("claimed", "over"))
+    return table.replace('class="table sorted"', 'class="table claims"', 1)
 
 
 def _metric(analysis: Analysis, metric: str, pictures: Sequence[Picture]) -> str:
@@ -105,13 +113,19 @@ def _metrics(analysis: Analysis) -> str:
     return _table(("cell", *analysis.logged), rows, searched=True)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], searched: bool = False) -> str:
-    numeric = [bool(place) and any(_is_number(row[place]) for row in rows) for place in range(len(head))]
+def _table(
+    head: Sequence[str], rows: Sequence[Sequence[str]], searched: bool = False, texts: Sequence[str] = ()
+) -> str:
+    """A table; columns with numbers stand to the right, but for the first one and those that are named as texts."""
+    numeric = [
+        bool(place) and name not in texts and any(_is_number(row[place]) for row in rows)
+        for place, name in enumerate(head)
+    ]
     columns = "".join(f"<th{_kind(right)}>{escape(name)}</th>" for name, right in zip(head, numeric, strict=True))
     lines = "".join(f"<tr{_strong(row)}>{''.join(map(_entry, row, numeric))}</tr>" for row in rows)
     search = '<input type="search" placeholder="show rows that contain ..." aria-label="search">' if searched else ""
     return (
-        f'<div class="table">{search}<div class="scroll"><table><thead><tr>{columns}</tr></thead>'
+        f'<div class="table sorted">{search}<div class="scroll"><table><thead><tr>{columns}</tr></thead>'
         f"<tbody>{lines}</tbody></table></div></div>"
     )
 

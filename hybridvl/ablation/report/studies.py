@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from hybridvl.ablation.axes import label_of
@@ -69,6 +70,21 @@ class FoundStudy:
     def own(self, cells: Sequence[CellRuns]) -> list[int]:
         """The indices of its cells."""
         return [index for index, cell in enumerate(cells) if not self.name or cell.labels.get(STUDY_LABEL) == self.name]
+
+    def best_trial(self, cells: Sequence[CellRuns]) -> list[str]:
+        """A line about the search, if it is one: the best of its cells by the validation, of those with all seeds."""
+        search, seeds = self.values.get("search"), self.values.get("seeds")
+        if not isinstance(search, Mapping) or not isinstance(seeds, list):
+            return []
+        metric, own = str(search.get("metric")), [cells[index] for index in self.own(cells)]
+        means = [(fmean(found), cell) for cell in own if len(found := cell.values(metric).values()) == len(seeds)]
+        if not means:
+            return []
+        value, best = (max if search.get("direction") == "max" else min)(means, key=lambda entry: entry[0])
+        return [
+            f"search: {best.name} is best by {metric} ({value:.4g}), which chose it among {len(means)}; "
+            f"{len(own)} of {search.get('trials')} trials were chosen"
+        ]
 
     def not_started(self) -> list[str]:
         """A line about its runs of which there is no trace, if there are any; nobody knows those of a search."""

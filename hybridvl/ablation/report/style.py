@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -44,6 +45,20 @@ def title(made: Figure, text: str, below: str = "") -> None:
     made.suptitle(plain(text), fontsize=12, color=INK, x=0.01, ha="left", fontweight="bold")
     if below:
         made.supxlabel(plain(below), fontsize=8, color=FAINT, x=0.01, ha="left")
+
+
+def legend(made: Figure, panels: Iterable[Axes], heading: str, names: Sequence[str]) -> None:
+    """One legend of all panels, beside them, in the order of the cells."""
+    found: dict[str, Artist] = {}
+    for axes in panels:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(name, handle)
+    shown = [name for name in names if name in found]
+    made_legend = made.legend(
+        [found[name] for name in shown], shown, loc="outside right center", frameon=False, fontsize=8.5
+    )
+    if heading:
+        made_legend.set_title(plain(heading))
 
 
 def plain(text: str) -> str:

@@ -83,6 +83,20 @@ def cost_rows(analysis: Analysis) -> list[tuple[str, ...]]:
     ]
 
 
+def length_tables(analysis: Analysis) -> list[tuple[list[str], list[list[str]]]]:
+    """Where decode steps were timed, the head of a table of state and time by tokens, and a row for every cell."""
+    lengths = sorted({length for cost in analysis.costs for length in cost.latency})
+    if not lengths:
+        return []
+    head = ["cell", *(f"{what} after {tokens(length)}" for what in ("state", "step") for length in lengths)]
+    rows = []
+    for cell, cost in zip(analysis.cells, analysis.costs, strict=True):
+        states = (with_prefix(cost.growth[length], "B") if length in cost.growth else UNKNOWN for length in lengths)
+        times = (cost.latency.get(length) for length in lengths)
+        rows.append([cell.name, *states, *(UNKNOWN if time is None else f"{number(1e3 * time)} ms" for time in times)])
+    return [(head, rows)]
+
+
 def cost_sentence(analysis: Analysis) -> str:
     """What the costs are counted for."""
     context = tokens(analysis.costs[0].context) if analysis.costs else UNKNOWN

@@ -142,9 +142,9 @@ def _mean(cell: CellRuns, metric: str, settings: Settings) -> _Evidence:
     """The mean over seeds."""
     values = list(cell.values(metric).values())
     interval = mean_interval(values, settings.interval, settings.level)
-    basis = _seeds(cell, len(values))
     if len(values) < FEWEST:
-        return _Evidence(interval, basis, _too_few([cell], metric))
+        return _Evidence(interval, counted(len(values), "seed"), _too_few([cell], metric))
+    basis = _seeds(cell, len(values))
     if interval.deviation == 0:
         exact = _of_one_run(cell, metric, interval.mean, settings)
         if exact is None:
@@ -156,11 +156,11 @@ def _mean(cell: CellRuns, metric: str, settings: Settings) -> _Evidence:
 def _difference(cell: CellRuns, other: CellRuns, metric: str, settings: Settings) -> _Evidence:
     """The mean of differences of equal seeds."""
     found = paired_difference(cell.seeded(metric), other.seeded(metric), settings.interval, settings.level)
-    lost = _lost([cell, other])
-    of_all = f" of {len(cell.runs)} and {len(other.runs)} runs: {lost}" if lost else ""
-    interval, basis = found.interval, f"{counted(len(found.pairs), 'pair')} of seeds{of_all}"
+    interval, basis = found.interval, f"{counted(len(found.pairs), 'pair')} of seeds"
     if len(found.pairs) < FEWEST:
         return _Evidence(interval, basis, _too_few([cell, other], metric))
+    if lost := _lost([cell, other]):
+        basis += f" of {len(cell.runs)} and {len(other.runs)} runs: {lost}"
     if interval.deviation == 0:
         both = [_same(one, metric, found.pairs, settings) for one in (cell, other)]
         if both[0] is None or both[1] is None:

@@ -24,7 +24,9 @@ def with_interval(interval: Interval, sign: str = "") -> str:
 
     sign: "+" to write it before a mean above 0.
     """
-    mean = number(interval.mean)
+    # Beside an interval that is wider, more digits of a mean near 0 say nothing.
+    near = abs(interval.mean) < 1e-3 <= max(abs(interval.low), abs(interval.high))
+    mean = f"{interval.mean:.4f}" if near else number(interval.mean)
     if sign and interval.mean > 0:
         mean = sign + mean
     if math.isnan(interval.low):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from hybridvl.ablation.report.analysis import Analysis
@@ -25,16 +25,17 @@ from hybridvl.ablation.report.style import (
     LINES,
     MARKERS,
     figure,
+    legend,
     limits,
     plain,
     tidy,
     title,
 )
 from hybridvl.ablation.statistics import mean_interval
-from hybridvl.plan.units import tokens, with_prefix
 
 _POINTS = 120  # of a line with a band
 _GUESSING = "guessing"
+_SAME_LEVEL = 0.01  # shares that differ by less are one line
 _PANELS = 6  # of slices of one metric in a picture
 
 
@@ -85,12 +86,12 @@ def draw_curves(analysis: Analysis, metric: str) -> Figure | None:
     indices, only = shown_cells(analysis, metric, LINES)
     if not tags or not indices:
         return None
-    made = figure(4.6 * len(tags) + 2.4, 4.4)
+    made = figure(3.7 * len(tags) + 2.4, 4.2)
     panels = made.subplots(1, len(tags), squeeze=False)[0]
     names = cell_names(analysis, indices)[1]
     for axes, tag in zip(panels, tags, strict=True):
         _curves(axes, analysis, tag, indices, names)
-    _legend(made, panels, cell_names(analysis, indices)[0], names)
+    legend(made, panels, cell_names(analysis, indices)[0], names)
     how = (
         f"lines: mean of seeds; bands: {100 * analysis.settings.level:g} % interval, where there are two seeds or more"
     )
@@ -106,64 +107,18 @@ def draw_slices(analysis: Analysis, metric: str) -> Figure | None:
         return None
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
-    made = figure(4.9 * columns + 2.4, 3.9 * rows + 0.6)
+    made = figure((5.0 if columns < 3 else 3.7) * columns + 2.4, 3.9 * rows + 0.6)
     grid = made.subplots(rows, columns, squeeze=False)
     names = cell_names(analysis, indices)[1]
     for place, part in enumerate(found):
         _slices(grid[place // columns][place % columns], analysis, metric, part, indices, names)
     for place in range(len(found), rows * columns):
         grid[place // columns][place % columns].set_visible(False)
-    _legend(made, grid.flat, cell_names(analysis, indices)[0], [*names, _GUESSING])
+    legend(made, grid.flat, cell_names(analysis, indices)[0], [*names, _GUESSING])
     what = f"{metric} by {' and '.join(dict.fromkeys(part.axis for part in found))}"
     how = f"marks: mean of seeds; bars: {100 * analysis.settings.level:g} % interval"
     title(made, f"{what} ({only})" if only else what, how)
     return made
-
-
-def draw_growth(analysis: Analysis, metric: str) -> Figure | None:
-    """Bytes of state, and time of a decode step where it was measured, of each cell's model against tokens; None if no
-    model is known. Of models that cost the same the first is drawn."""
-    indices, only = shown_cells(analysis, metric, LINES)
-    first: dict[object, int] = {}
-    for index in indices:
-        cost = analysis.costs[index]
-        if cost.growth:
-            first.setdefault((tuple(cost.growth.values()), tuple(cost.latency.values())), index)
-    shown = list(first.values())
-    if not shown:
-        return None
-    timed = any(analysis.costs[index].latency for index in shown)
-    made = figure(12.4 if timed else 7.6, 4.2)
-    panels = made.subplots(1, 2 if timed else 1, squeeze=False)[0]
-    heading, names = cell_names(analysis, shown)
-    for place, (index, name) in enumerate(zip(shown, names, strict=True)):
-        cost = analysis.costs[index]
-        for axes, values, scale in zip(panels, (cost.growth, cost.latency), (1.0, 1e3), strict=False):
-            look = {"color": COLOURS[place % LINES], "marker": MARKERS[place % len(MARKERS)], "markersize": 5}
-            axes.plot([*values], [scale * value for value in values.values()], label=name, linewidth=1.6, **look)
-    for axes, values in zip(panels, (analysis.costs[shown[0]].growth, analysis.costs[shown[0]].latency), strict=False):
-        _token_axis(axes, [*values])
-        axes.set_yscale("log")
-    panels[0].set_ylabel("state of one row", color=INK, fontsize=9.5)
-    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: with_prefix(value, "B")))
-    if timed:
-        panels[1].set_ylabel("measured time of a decode step (ms)", color=INK, fontsize=9.5)
-        panels[1].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        panels[1].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        panels[1].yaxis.set_minor_formatter(NullFormatter())
-    _legend(made, panels, heading, names)
-    how = "models that cost the same have one line; times on this machine's CPU in float32" if timed else ""
-    title(made, f"Costs against length ({only})" if only else "Costs against length", how)
-    return made
-
-
-def _token_axis(axes: Axes, lengths: Sequence[int]) -> None:
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths)
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tokens(int(value))))
-    axes.set_xlabel("tokens", color=INK, fontsize=9.5)
-    tidy(axes)
 
 
 def _curves(axes: Axes, analysis: Analysis, tag: str, indices: Sequence[int], names: Sequence[str]) -> None:
@@ -222,12 +177,16 @@ def _slices(
             axes.plot([where, where], [interval.low, interval.high], color=colour, linewidth=1.2, alpha=0.6)
             ends += [interval.low, interval.high]
         means += heights
-    chances = guessing([analysis.cells[index] for index in indices], part.metrics)
+    asked = [analysis.cells[index] for index in indices if analysis.results[part.metrics[0]][index].values]
+    chances = guessing(asked, part.metrics)
     if len(chances) == len(part.metrics):
-        places = [where for at in range(len(part.metrics)) for where in (at - 0.35, at + 0.35)]
-        heights = [chances[name] for name in part.metrics for _ in range(2)]
+        # A level for each part, with gaps between those that differ.
+        places = [where for at in range(len(part.metrics)) for where in (at - 0.35, at + 0.35, at + 0.5)]
+        levels = [chances[name] for name in part.metrics]
+        apart = max(levels) - min(levels) > _SAME_LEVEL
+        heights = [height for level in levels for height in (level, level, math.nan if apart else level)]
         axes.plot(places, heights, color=INK, linestyle=":", linewidth=1.2, label=_GUESSING, zorder=1)
-        means += heights
+        means += levels
     axes.set_xticks(range(len(part.labels)), [plain(label) for label in part.labels])
     if max(map(len, part.labels)) * len(part.labels) > 40:
         axes.tick_params(axis="x", rotation=30)
@@ -249,17 +208,3 @@ def _near(means: Sequence[float], ends: Sequence[float]) -> list[float]:
         return []
     room = (max(means) - min(means)) / 3
     return [min(max(end, min(means) - room), max(means) + room) for end in ends if end == end]
-
-
-def _legend(made: Figure, panels: Iterable[Axes], heading: str, names: Sequence[str]) -> None:
-    """One legend of all panels, beside them, in the order of the cells."""
-    found: dict[str, Artist] = {}
-    for axes in panels:
-        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(name, handle)
-    shown = [name for name in names if name in found]
-    legend = made.legend(
-        [found[name] for name in shown], shown, loc="outside right center", frameon=False, fontsize=8.5
-    )
-    if heading:
-        legend.set_title(plain(heading))
