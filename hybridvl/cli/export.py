@@ -21,7 +21,6 @@ from hybridvl.data.tokens import load_tokenizer
 from hybridvl.data.video import VideoConfig, VideoProcessor
 from hybridvl.inference.processor import Processor
 from hybridvl.layers.errors import ConfigError, within
-from hybridvl.training.checkpoints.model import checkpoint_model
 
 _WRITTEN = [name for name, format in FORMATS.items() if format.write_config is not None]
 
@@ -34,6 +33,8 @@ def main(argv: Sequence[str]) -> int:
     recipe = checkpoint.resolve().parent.parent / "config.yaml"
     settings = _settings(recipe) if recipe.is_file() else {}
     source = options.source or (settings.get("model") or {}).get("source")
+    from hybridvl.training.checkpoints.model import checkpoint_model  # Lightning takes seconds to import
+
     model = checkpoint_model(checkpoint, source)
     processor = _processor(settings["data"], recipe) if "data" in settings else None
     save(model, folder, options.format)

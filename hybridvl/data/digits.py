@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,10 +36,12 @@ def scan_splits() -> dict[Split, NDArray[np.int64]]:
 @cache
 def scans() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """All 1,797 scans (N, 8, 8) with ink from 0 to 1, and their labels (N,)."""
-    from sklearn.datasets import load_digits
-
-    pixels, labels = load_digits(return_X_y=True)
-    return (pixels.reshape(-1, 8, 8) / 16).astype(np.float32), labels.astype(np.int64)
+    found = find_spec("sklearn")
+    if found is None or found.origin is None:
+        raise ConfigError("data.task: the scanned digits are scikit-learn's, which is not installed")
+    # Its file alone, as importing scikit-learn loads pandas and 600 other modules.
+    rows = np.loadtxt(Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")
+    return (rows[:, :-1].reshape(-1, 8, 8) / 16).astype(np.float32), rows[:, -1].astype(np.int64)
 
 
 class DigitPages(Task):

@@ -1,12 +1,15 @@
 """Tests of hybridvl.data.digits: scans kept apart, pages that are what their answers say, errors."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from hybridvl.data.digits import DigitPages, scan_splits, scans
 from hybridvl.layers import ConfigError
@@ -20,6 +23,19 @@ def turns_of(sample):
     """(question, answer) pairs."""
     texts = [m["content"] if isinstance(m["content"], str) else m["content"][-1]["text"] for m in sample["messages"]]
     return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def test_scans_are_those_of_scikit_learn():
+    pixels, labels = load_digits(return_X_y=True)
+    assert np.array_equal(scans()[0].reshape(-1, 64) * 16, pixels)
+    assert np.array_equal(scans()[1], labels)
+    assert scans()[0].dtype == np.float32
+    assert scans()[1].dtype == np.int64
+
+
+def test_scans_are_read_without_loading_scikit_learn():
+    code = "import sys; from hybridvl.data.digits import scans; scans(); sys.exit('sklearn' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=250)
 
 
 def test_splits_share_no_scan():
