@@ -151,24 +151,21 @@ def _show(outcome: Outcome, facts: Mapping[str, Any]) -> None:
         console.print(table)
     table = Table(title=f"candidates, compared on {outcome.samples} other samples", title_justify="left")
     worse = "behind the best"
-    for column in ("pattern", "proposed by", "keep", outcome.metric, worse, "p", "state bytes", "parameters"):
+    for column in ("pattern", "proposed by", "keep", outcome.metric, worse, "p"):
         table.add_column(column, overflow="fold")
     for found in outcome.candidates:
         behind = UNKNOWN if found is outcome.winner else with_interval(found.behind)
         layers = " ".join(map(str, found.kept))
-        costs = f"{found.state_bytes:,}", f"{found.params:,}"
         names = escape(", ".join(found.names))
-        table.add_row(
-            escape(found.pattern), names, layers, with_interval(found.score), behind, probability(found.p), *costs
-        )
+        table.add_row(escape(found.pattern), names, layers, with_interval(found.score), behind, probability(found.p))
     table.add_section()
     for name, end in (("no attention", outcome.linear), ("attention everywhere", outcome.attention)):
         table.add_row(name, "", "", with_interval(end))
     console.print(table)
-    console.print(
-        f"Means with 95 % intervals over samples; p of the paired t test, corrected by Holm; state bytes of one row "
-        f"after {facts['context']:,} tokens."
-    )
+    console.print("Means with 95 % intervals over samples; p of the paired t test, corrected by Holm.")
+    best = outcome.winner
+    state = f"{best.state_bytes:,} bytes at {facts['context']:,} tokens"
+    console.print(f"Each has {best.params:,} parameters, and a state of {state}.")
     tied = [found.pattern for found in outcome.candidates[1:] if not found.p < 0.05]
     if tied:
         print(f"note         not told apart from the best on these samples: {'; '.join(tied)}")

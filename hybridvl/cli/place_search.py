@@ -98,6 +98,7 @@ class Search:
             rankings = [self._ranking(name, measures, laboratory) for name in dict.fromkeys(options.rank)]
             proposed = candidates(rankings, self.layers.chosen, self.count, self.also)
             plans = {placement: self._plan(placement) for placement in proposed}
+            print(f"comparing    {len(proposed)} candidates", flush=True)
             others = Measures(hybrids, second, options.metric, laboratory.to_device)
             ranked_on = len(measures.scores([LINEAR])[LINEAR])
             outcome = compare(others, rankings, proposed, self.layers, plans, ranked_on)

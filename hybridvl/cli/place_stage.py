@@ -85,7 +85,7 @@ class Laboratory:
             logging.getLogger(talkative).setLevel(logging.WARNING)
         values = {**recipe.values, "model.student.source": student, **_HERE}
         arguments = fit_words(recipe.files, values)
-        check_fit(arguments, "model")
+        check_fit(arguments, "search")
         try:
             built = _Built(arguments[0], arguments[1:])
         except ValueError as error:

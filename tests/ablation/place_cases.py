@@ -56,15 +56,15 @@ def stage(folder: str, pattern: str = "gdn*4", **options: Any) -> LayerDistillat
     return LayerDistillation(StudentConfig(folder, pattern), **options).double().eval()
 
 
-def batches(count: int = 2, turns: int = 2) -> list[dict[str, Any]]:
-    """Padded validation batches of three conversations of different lengths, images in float64."""
+def batches(count: int = 2, turns: int = 2, floats: int = 64) -> list[dict[str, Any]]:
+    """Padded validation batches of three conversations of different lengths; images have `floats` bits."""
     task = DigitPages(rows=(1, 2), columns=(1, 3), cell=8, eval_turns=turns, val_pages=3 * count, train_pages=4)
     images = ImageConfig(4, 1, 2, mean=(0.5,), std=(0.5,))
     data = ChatDataModule(task, images=images, batch_size=3, max_tokens=256, system=None)
     return [
-        {
-            key: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-            for key, value in batch.items()
-        }
-        for batch in data.val_dataloader()
+        {key: _doubled(value) if floats == 64 else value for key, value in b.items()} for b in data.val_dataloader()
     ]
+
+
+def _doubled(value: Any) -> Any:
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
