@@ -70,6 +70,12 @@ def test_every_engine_comes_to_the_same_bits(done: dict[str, Path], engine: str)
         assert json.loads(runs[1].with_name("seed_0.json").read_text())["attempts"] == 1
 
 
+def test_tune_leaves_no_event_files_of_its_own(done: dict[str, Path]) -> None:
+    """TensorBoard would show them as further runs."""
+    found = {path.parent.relative_to(done["ray"]).as_posix() for path in done["ray"].rglob("events.*")}
+    assert found == {"mixer=hybrid/seed_0", "mixer=window/seed_0"}
+
+
 def test_what_submitit_does_not_know_is_refused(done: dict[str, Path]) -> None:
     ended = _sweep(done["slurm"].parents[1], "--engine", "slurm", "--slurm.cluster", "local", "--slurm.partitoin", "x")
     assert ended.returncode == 2

@@ -97,6 +97,7 @@ def test_hparams_have_the_runs_axes_and_metrics_and_nothing_else(address: str, s
     assert [row["hparams"]["ratio"] for row in rows] == ["1/2", "1/2", "0", "0"]
     for row in rows:
         ratio, window = ("0", "8") if "ratio=0" in row["name"] else ("1/2", "16")
+        assert [session["status"] for session in row["sessions"]] == ["STATUS_SUCCESS"]
         assert row["hparams"] == {"ratio": ratio, "window": window, "seed": row["name"][-1]}
         written = json.loads((study / row["name"] / "metrics.json").read_text())["metrics"]
         shown = {value["name"]["tag"]: value["value"] for value in row["metricValues"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import mmap
@@ -260,6 +261,22 @@ def test_hparams_show_settings_and_real_metrics(run: tuple[Path, dict[str, Any]]
     scalars = tiny.scalars(run[0])
     assert set(tags) <= set(scalars)  # every column has real values, and no placeholder was ever written
     assert all(step > 0 for tag in tags for step, _ in scalars[tag])
+
+
+def test_a_fit_that_breaks_is_no_success_in_hparams(tmp_path: Path) -> None:
+    class Broken(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            raise KeyError("broken")
+
+    ends = []
+    for callbacks in ([HParams(0), Broken()], [HParams(0)]):
+        trainer = tiny.trainer(tmp_path, 1, callbacks)
+        with contextlib.suppress(KeyError):
+            trainer.fit(tiny.module(), datamodule=tiny.data())
+        content = b"".join(path.read_bytes() for path in Path(str(trainer.log_dir)).glob("events.*"))
+        assert b"_hparams_/session_start_info" in content
+        ends.append(b"_hparams_/session_end_info" in content)
+    assert ends == [False, True]
 
 
 def test_metrics_json(run: tuple[Path, dict[str, Any]]) -> None:

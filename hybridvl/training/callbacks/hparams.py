@@ -19,7 +19,7 @@ class HParams(Callback):
     """Declares the run's settings, or its labels alone where it has some, and the tags of its metrics at the start.
 
     HParams reads a metric from the scalars of that tag, so the page shows the latest real value at any time, also of
-    a run that was killed; no placeholder is ever written.
+    a run that was killed; no placeholder is ever written. A run counts as a success once its fit is through.
 
     Args:
         seed: of the run.
@@ -31,6 +31,7 @@ class HParams(Callback):
         self.seed = seed
         self.labels = dict(labels or {})
         self.metrics = tuple(metrics)
+        self._end: Any = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the settings, on the first process."""
@@ -45,8 +46,15 @@ class HParams(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 writer = logger.experiment._get_file_writer()
-                for summary in hparams(values, dict.fromkeys(self.metrics or _usual_metrics(trainer), 0.0)):
+                *starts, self._end = hparams(values, dict.fromkeys(self.metrics or _usual_metrics(trainer), 0.0))
+                for summary in starts:
                     writer.add_summary(summary)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that the fit has come to its end, on the first process."""
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and self._end is not None:
+                logger.experiment._get_file_writer().add_summary(self._end)
 
 
 def settings_of(module: LightningModule) -> dict[str, Any]:
