@@ -194,4 +194,7 @@ def test_candidates_are_compared_pair_by_pair(metric: str) -> None:
     assert plain["rankings"]["probe"]["scores"]["3"]["mean"] == pytest.approx(
         told.gain(told.mean(frozenset((3,))), told.mean(LINEAR))
     )
-    assert draw_outcome(outcome).startswith(b"\x89PNG")
+    sets_alone = compare(told, rankings[2:], {rankings[2].chosen(2): ["beam"]}, layers, plans, 7)
+    assert len(sets_alone.candidates) == 1
+    for drawn in (outcome, sets_alone):
+        assert draw_outcome(drawn).startswith(b"\x89PNG")
