@@ -132,7 +132,7 @@ def analyse(
     costs = costs_of_cells(cells, context, measured, counted)
     verdicts = judge(claims, runs, cells, costs, settings)
     judged = [verdict for study in studies for verdict in _own_verdicts(study, cells, costs, settings)]
-    if not missing and all(run.status in (DONE, "failed") for run in runs):
+    if not missing and all(run.status in (DONE, "failed", "pruned") for run in runs):
         warnings += _mistakes(judged)
     return Analysis(
         runs=runs,
