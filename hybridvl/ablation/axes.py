@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hybridvl.ablation.search_range import Range, read_range
+from hybridvl.ablation.search_range import Range, number_text, read_range
 from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.mappings import require_known, require_mapping, require_path
 from hybridvl.pipeline.references import filled, flat, references, require_value
@@ -103,6 +103,8 @@ def require_references(where: str, value: Any, shared: Mapping[str, Any], names:
 
 def label_of(value: Any) -> str:
     """The label of a value that has none of its own: its text, as YAML writes it."""
+    if isinstance(value, float):
+        return number_text(value)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

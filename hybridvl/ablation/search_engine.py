@@ -6,11 +6,12 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from hybridvl.ablation.cells import Cell, Run, cell_of, runs
-from hybridvl.ablation.engine import OVER, Engine, SignalFile, Work, unwatched
+from hybridvl.ablation.cells import Run, cell_of, runs
+from hybridvl.ablation.engine import OVER, Engine, Onlooker, SignalFile, Work, unwatched
 from hybridvl.ablation.local import LocalEngine, Slot
 from hybridvl.ablation.matching import match_cells
 from hybridvl.ablation.records import RunRecord
@@ -47,8 +48,7 @@ class SearchEngine(LocalEngine):
         assert study.search is not None
         self._study, self._search = study, study.search
         self._trials = Trials(study, study.folder)
-        self._planned: dict[int, list[Run]] = {}  # runs of each trial by its number, in the order of seeds
-        self._known: dict[int, list[int]] = {}  # those of them that have begun to count, by their place in self.runs
+        self._chosen = _Chosen(study, self)
         self._open: dict[int, Trial] = {}  # trials by the place of their first run, while its end is not known
         self._judged: dict[int, int] = {}  # validations of first runs that have been looked at
         self._mistake: ConfigError | None = None
@@ -98,7 +98,7 @@ class SearchEngine(LocalEngine):
         trial = self._trials.ask()
         if trial is not None:
             self._go_on_with(trial)
-            self._count_ahead(len(self._planned))
+            self._chosen.count_ahead()
         return trial is not None
 
     def _look_at_trials(self) -> None:
@@ -106,16 +106,12 @@ class SearchEngine(LocalEngine):
         found = self._trials.all()
         for trial in found:
             self._go_on_with(trial)
-        self._count_ahead(len(found))
+        self._chosen.count_ahead()
         self._looked_at_trials = time.monotonic()
 
     def _go_on_with(self, trial: Trial) -> None:
         """Let as many of its runs count as it has come to, and tell the search how it ended."""
-        if trial.number not in self._planned:
-            self._planned[trial.number] = runs(self._study, [trial_cell(self._study, trial.labels)])
-            self._known[trial.number] = []
-            self._add(trial, 1)
-        first = self._known[trial.number][0]
+        first, *_ = self._chosen.places(trial)
         if trial.state == "running":
             self._open[first] = trial
         if self.statuses[first] == "done" and first in self._open:
@@ -126,38 +122,22 @@ class SearchEngine(LocalEngine):
         if status == "pruned":
             self._told(trial, first, "pruned")
         elif status == "done":
-            self._add(trial, len(self._study.seeds))
-            statuses = [self.statuses[place] for place in self._known[trial.number]]
+            places = self._chosen.places(trial, len(self._study.seeds))
+            if trial.state == "complete":
+                return
+            statuses = [self.statuses[place] for place in places]
             if all(status == "done" for status in statuses):
-                value = fmean(self._value(place) for place in self._known[trial.number])
+                value = fmean(self._value(place) for place in places)
                 self._told(trial, first, "failed" if math.isnan(value) else value)
             elif "failed" in statuses and set(statuses) <= {"done", "failed"}:
                 self._told(trial, first, "failed")
         elif status == "failed":
             self._told(trial, first, "failed")
 
-    def _add(self, trial: Trial, count: int) -> None:
-        """Let so many of its runs count."""
-        for run in self._planned[trial.number][len(self._known[trial.number]) : count]:
-            record = RunRecord(run.folder)
-            record.check(run.key)
-            state = record.state
-            self._known[trial.number].append(len(self.runs))
-            self.runs.append(run)
-            self.records.append(record)
-            self.statuses.append(OVER.get(state, "waiting"))
-
     def _told(self, trial: Trial, first: int, value: Any) -> None:
         if trial.state == "running" or (trial.state == "failed" and value != "failed"):
             self._trials.tell(trial, value)
             self._open.pop(first, None)
-
-    def _count_ahead(self, chosen: int) -> None:
-        """How many runs are to come, if no more trials are given up."""
-        undecided = sum(self.statuses[known[0]] not in ("pruned", "failed") for known in self._known.values())
-        more = sum(self.statuses[known[0]] in ("pruned", "failed") for known in self._known.values())
-        seeds = len(self._study.seeds)
-        self.ahead = (self._search.trials - chosen + undecided) * seeds + more - len(self.runs)
 
     def _judge_running(self) -> None:
         for running in list(self._running):
@@ -210,7 +190,67 @@ class SearchEngine(LocalEngine):
         )
 
 
-def trial_cell(study: Study, labels: dict[str, str]) -> Cell:
-    """The cell of a trial, with its budgets matched."""
-    cell = cell_of(study, labels)
-    return match_cells(study, [cell])[0].cell if study.matches else cell
+class SearchOnlooker(Onlooker):
+    """Looks on while processes that a cluster has started search together, each with an engine of its own.
+
+    Args:
+        study: a study with a search.
+        work: without runs, which follow from the search.
+        folder: of what the cluster's tool writes.
+    """
+
+    def __init__(self, study: Study, work: Work, folder: Path) -> None:
+        super().__init__(work, folder)
+        self._trials = Trials(study, study.folder)
+        self._chosen = _Chosen(study, self)
+        self._take_up()
+
+    def _look(self) -> None:
+        self._take_up()
+        super()._look()
+
+    def _take_up(self) -> None:
+        for trial in self._trials.all():
+            self._chosen.places(trial, self._chosen.begun(trial))
+        self._chosen.count_ahead()
+
+
+class _Chosen:
+    """The runs of trials in an engine, which has more and more of them."""
+
+    def __init__(self, study: Study, engine: Engine) -> None:
+        self._study, self._engine = study, engine
+        self._planned: dict[int, list[Run]] = {}  # runs of each trial by its number, in the order of seeds
+        self._places: dict[int, list[int]] = {}  # in the engine, of those that count so far
+
+    def places(self, trial: Trial, count: int = 1) -> list[int]:
+        """Where a trial's runs are in the engine; at least so many of them count from now on."""
+        engine = self._engine
+        known = self._places.setdefault(trial.number, [])
+        for run in self._runs(trial)[len(known) : count]:
+            record = RunRecord(run.folder)
+            record.check(run.key)
+            known.append(len(engine.runs))
+            engine.runs.append(run)
+            engine.records.append(record)
+            engine.statuses.append(OVER.get(record.state, "waiting"))
+        return known
+
+    def begun(self, trial: Trial) -> int:
+        """How many of a trial's runs were started, the first counting as such."""
+        return max(1, sum(RunRecord(run.folder).started.exists() for run in self._runs(trial)))
+
+    def count_ahead(self) -> None:
+        """Say how many runs are to come, if no more trials are given up."""
+        assert self._study.search is not None
+        statuses = [self._engine.statuses[known[0]] for known in self._places.values()]
+        alone = sum(status in ("pruned", "failed") for status in statuses)
+        seeds = len(self._study.seeds)
+        self._engine.ahead = (self._study.search.trials - alone) * seeds + alone - len(self._engine.runs)
+
+    def _runs(self, trial: Trial) -> list[Run]:
+        if trial.number not in self._planned:
+            cell = cell_of(self._study, trial.labels)
+            cell = match_cells(self._study, [cell])[0].cell if self._study.matches else cell
+            self._planned[trial.number] = runs(self._study, [cell])
+        return self._planned[trial.number]

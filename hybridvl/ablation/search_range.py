@@ -47,7 +47,7 @@ class Range:
     @property
     def ends(self) -> dict[str, float]:
         """The smallest and the largest value by their texts."""
-        return {json.dumps(self.low): self.low, json.dumps(self.high): self.high}
+        return {number_text(self.low): self.low, number_text(self.high): self.high}
 
     def nearest(self, value: float) -> float:
         """The value in whose place a drawn number is used: one with few digits, so that its text can be read."""
@@ -78,6 +78,12 @@ class Range:
     def described(self) -> dict[str, Any]:
         """As a study file says it."""
         return {key: value for key, value in asdict(self).items() if value is not None and value is not False}
+
+
+def number_text(value: float) -> str:
+    """A number as a label: 1.0e-05, not 1e-05, of which YAML's readers do not agree whether it is a number."""
+    text = json.dumps(value)
+    return text if "." in text else text.replace("e", ".0e")
 
 
 def read_range(place: str, given: Any) -> Range:

@@ -14,6 +14,7 @@ from typing import Any
 
 from hybridvl.ablation.engine import Engine, Onlooker, SignalFile, Work, unwatched
 from hybridvl.ablation.local import LocalEngine, own_slots
+from hybridvl.ablation.study import Study
 from hybridvl.layers.errors import ConfigError
 
 CLUSTER, TIMEOUTS = "cluster", "slurm_max_num_timeout"
@@ -25,7 +26,7 @@ _GRACE = 5.0  # seconds
 _CLUSTERS = ("slurm", "local")
 
 
-def run_on_slurm(work: Work, jobs: int, settings: Mapping[str, Any]) -> Engine:
+def run_on_slurm(work: Work, jobs: int, settings: Mapping[str, Any], search: Study | None = None) -> Engine:
     """Submit jobs that do the runs together, and look on until all of them have ended.
 
     A job works on as many runs at a time as it has GPUs, or else cores. One that is preempted, or nears its time limit,
@@ -37,6 +38,7 @@ def run_on_slurm(work: Work, jobs: int, settings: Mapping[str, Any]) -> Engine:
         jobs: how many at most; there are no more than runs to do.
         settings: submitit's parameters by name, such as timeout_min, gpus_per_node and slurm_partition; `cluster` is
             the executor.
+        search: the study, if its runs are those of a search, which the jobs choose together; `work` has none then.
 
     Raises:
         ConfigError: submitit is not installed, or does not know a setting, or Slurm refuses the jobs.
@@ -49,15 +51,15 @@ def run_on_slurm(work: Work, jobs: int, settings: Mapping[str, Any]) -> Engine:
     class Share(submitit.helpers.Checkpointable):
         """A requeued job does the same: what is done by then is not done again."""
 
-        def __call__(self, work: Work, place: str, signals: SignalFile) -> None:
-            work_on_share(work, place, signals)
+        def __call__(self, work: Work, place: str, signals: SignalFile, search: Study | None) -> None:
+            work_on_share(work, place, signals, search)
 
     cluster = _cluster(settings)
     parameters = {name: value for name, value in settings.items() if name not in (CLUSTER, TIMEOUTS)}
     folder = work.folder / ".slurm"
-    onlooker = Onlooker(work, folder)
+    onlooker = Onlooker(work, folder) if search is None else _search_onlooker(search, work, folder)
     share = replace(work, runs=onlooker.left, watch=unwatched)
-    count = min(jobs, len(share.runs))
+    count = min(jobs, len(share.runs) + onlooker.ahead)
     submitted: list[Any] = []
 
     def cancel() -> None:
@@ -71,7 +73,7 @@ def run_on_slurm(work: Work, jobs: int, settings: Mapping[str, Any]) -> Engine:
             executor = submitit.AutoExecutor(folder / "%j", cluster=cluster, slurm_max_num_timeout=timeouts)
             executor.update_parameters(**{"name": work.folder.name, **parameters})
             if count:
-                words = zip(*[(share, os.getcwd(), onlooker.signals)] * count, strict=True)
+                words = zip(*[(share, os.getcwd(), onlooker.signals, search)] * count, strict=True)
                 with _deaf_to_interrupts():
                     submitted += executor.map_array(Share(), *words)
         except (NameError, ValueError, TypeError, RuntimeError) as error:
@@ -84,16 +86,28 @@ def run_on_slurm(work: Work, jobs: int, settings: Mapping[str, Any]) -> Engine:
     return onlooker
 
 
-def work_on_share(work: Work, place: str, signals: SignalFile) -> None:
+def work_on_share(work: Work, place: str, signals: SignalFile, search: Study | None = None) -> None:
     """What a job does: the runs that no other one works on, in the places that it has been given.
 
     Args:
         work: the runs.
         place: the folder that relative paths are meant from.
         signals: those of the sweep.
+        search: see `run_on_slurm`.
     """
     os.chdir(place)
-    LocalEngine(work, own_slots(None), signals).run()
+    if search is None:
+        LocalEngine(work, own_slots(None), signals).run()
+        return
+    from hybridvl.ablation.search_engine import SearchEngine  # Optuna is for searches alone
+
+    SearchEngine(search, own_slots(None), work.retry_failed, signals=signals).run()
+
+
+def _search_onlooker(search: Study, work: Work, folder: Path) -> Onlooker:
+    from hybridvl.ablation.search_engine import SearchOnlooker
+
+    return SearchOnlooker(search, work, folder)
 
 
 def _cluster(settings: Mapping[str, Any]) -> str:

@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     slurm = {match["key"]: yaml_value(f"--slurm.{match['key']}", value) for match, value in slurm_flags}
     study = read_study(Path(options.file), {match["key"]: value for match, value in flags})
     if study.search is not None:
-        return _search(study, options)
+        return _search(study, options, slurm)
     matched = match_cells(study, cells(study))
     found = runs(study, [entry.cell for entry in matched])
     over = {*OVER, *([] if options.retry_failed else ["failed"])}
@@ -66,13 +66,13 @@ def main(argv: Sequence[str]) -> int:
     return _report(study, found, engine, view)
 
 
-def _search(study: Study, options: argparse.Namespace) -> int:
+def _search(study: Study, options: argparse.Namespace, slurm: Mapping[str, Any]) -> int:
     """The same for a study whose cells are chosen one after another."""
     from hybridvl.ablation.search_engine import SearchEngine  # Optuna, and Lightning, take long to import
     from hybridvl.cli.sweep_search import check_search, show_search, trial_lines
 
-    if options.engine != "local":
-        raise ConfigError(f"--engine {options.engine}: searches run through --engine local; start it on each machine")
+    if options.engine == "ray":
+        raise ConfigError("--engine ray: searches run through --engine local, on several machines at once, or slurm")
     check_search(study)
     places = own_slots(options.jobs)
     if options.dry_run:
@@ -81,8 +81,13 @@ def _search(study: Study, options: argparse.Namespace) -> int:
         return 0
     record_study(study, options.extend)
     with SweepView(study.metrics) as view:
-        engine = SearchEngine(study, places, options.retry_failed, view)
-        engine.run()
+        engine: Engine
+        if options.engine == "slurm":
+            work = Work([], study.folder, options.retry_failed, view)
+            engine = run_on_slurm(work, options.jobs or 1, slurm, study)
+        else:
+            engine = searching = SearchEngine(study, places, options.retry_failed, view)
+            searching.run()
     return _report(study, engine.runs, engine, view, trial_lines(study))
 
 

@@ -48,6 +48,7 @@ def test_a_drawn_number_and_its_text_are_the_same(numbers: Range, share: float) 
     value = numbers.nearest(drawn)
     assert numbers.low <= value <= numbers.high
     assert numbers.value(label_of(value)) == value
+    assert yaml.safe_load(label_of(value)) == value  # what YAML's oldest reader takes for a text is none to others
     assert isinstance(value, int) == numbers.is_whole
     assert numbers.nearest(value) == value
     assert cell_name({"a": label_of(value)}) == f"a={label_of(value)}"  # nothing in it that a folder cannot be called

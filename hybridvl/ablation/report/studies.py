@@ -41,6 +41,8 @@ class FoundStudy:
             values = axis.get("values") if isinstance(axis, Mapping) else None
             if isinstance(values, Mapping | list):
                 found[str(name)] = [label_of(value) for value in values]
+            elif isinstance(axis, Mapping) and "range" in axis:
+                found[str(name)] = []  # numbers, in their own order
         return found
 
     @property

@@ -1,0 +1,142 @@
+"""`hybridvl sweep` of a search with real fits: killed and gone on with, given up early, counted in the report."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cli_runs
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from hybridvl.cli import main
+
+FAULT = "HYBRIDVL_TEST_FAULT"
+RECIPE = """
+run: {threads: 1, test: false}
+trainer: {max_steps: 8, val_check_interval: 2, callbacks: [{class_path: disk_faults.Ended}]}
+"""
+STUDY = """
+name: study
+root: runs
+recipe: tiny.yaml
+axes:
+  lr: {key: model.optimizer.lr, range: {low: 1.0e-5, high: 3.0e-3, log: true}}
+  mixer: {key: model.net.pattern, values: {hybrid: swa gdn, window: swa*2}}
+baseline: {lr: 0.003, mixer: hybrid}
+search: {sampler: random, trials: 2, metric: val/loss, direction: min, pruner: median, startup: 1, seed: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe and a study beside each other."""
+    found = tmp_path_factory.mktemp("search")
+    recipe = cli_runs.recipe(found, "tiny", RECIPE)
+    recipe.write_text(recipe.read_text().replace(str(found), "."))
+    (found / "study.yaml").write_text(STUDY)
+    return found
+
+
+def _sweep(folder: Path, *arguments: str, fault: str | None = None) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    return subprocess.run(
+        [Path(sys.executable).parent / "hybridvl", "sweep", "study.yaml", *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths, **({} if fault is None else {FAULT: fault})},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+
+
+def test_a_dry_run_shows_the_space_and_leaves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    before = sorted(folder.iterdir())
+    assert main(["sweep", "study.yaml", "--dry-run", "--no-probe", "--search.trials", "7", "--jobs", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "7 trials x 1 seeds, 3 runs at a time" in out
+    assert "1.0e-05 to 0.003, by orders of magnitude" in out
+    rows = [line.split("│") for line in out[out.index("the first 5 trials") :].splitlines() if line.startswith("│ 0")]
+    assert [cell.strip() for cell in rows[0][1:4]] == ["0.003", "hybrid", "81,492"]
+    assert len(rows) == 5
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--engine", "ray"], "--engine ray: searches run through --engine local"),
+        (["--search.metric", "test/exact"], "search.metric: 'test/exact'; expected the tag of a metric of the valid"),
+        (["--axes.lr.key", "model.net.width"], "width: 1e-05; expected a whole number"),
+        (["--axes.lr.key", "model.optimizer.rate"], "is no key of the recipe"),
+    ],
+)
+def test_mistakes(
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    assert main(["sweep", "study.yaml", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
+def test_a_killed_search_goes_on_and_its_trials_are_counted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _sweep(folder, "--jobs", "1", fault="pipeline SIGKILL").returncode == -signal.SIGKILL
+    run = folder / "runs" / "study" / "lr=0.003,mixer=hybrid" / "seed_0"
+    assert not (run / "metrics.json").exists()
+    ended = _sweep(folder, "--jobs", "1")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "study: 1 of 2 done, 1 pruned" in ended.stdout
+    assert "trials       2 of 2 chosen: 1 complete, 1 pruned" in ended.stdout
+    start = json.loads(run.with_name("seed_0.json").read_text())
+    assert start["attempts"] == 2
+    assert start["arguments"][-1].endswith("checkpoints/last.ckpt")
+    facts = json.loads((run / "metrics.json").read_text())
+    found = facts["metrics"]["val/loss"]
+    assert facts["parameters"] == 81_492  # as in the dry run
+    assert f"best         val/loss {found:.4f} with lr=0.003, mixer=hybrid" in ended.stdout
+
+    # The lines that decided are what TensorBoard shows.
+    lines = [json.loads(line) for line in (run / "validations.jsonl").read_text().splitlines()]
+    curve = {line["step"]: line["metrics"]["val/loss"] for line in lines}
+    assert list(curve) == [2, 4, 6, 8]
+    assert {line["steps"] for line in lines} == {8}
+    shown: dict[int, float] = {}
+    for path in run.glob("events.*"):
+        events = EventAccumulator(str(path))
+        events.Reload()
+        if "val/loss" in events.Tags()["scalars"]:
+            shown |= {event.step + 1: event.value for event in events.Scalars("val/loss")}  # it counts from 0
+    assert curve == pytest.approx(shown)
+    assert curve[8] == facts["metrics"]["val/loss"]
+
+    monkeypatch.chdir(folder)
+    capsys.readouterr()
+    assert main(["report", "runs/study"]) == 0
+    assert "1 done, 1 pruned" in capsys.readouterr().out
+    report = next(folder.rglob("report.md")).read_text()
+    assert "pruned: at step 2, with val/loss " in report
+    assert f"lr=0.003, mixer=hybrid is best by val/loss ({found:.4g}), which chose it among 1; 2 of 2 trials" in report
+
+    # One more trial, by a job of submitit's local executor.
+    jobs = ["--engine", "slurm", "--jobs", "2", "--slurm.cluster", "local", "--slurm.timeout_min=5"]
+    ended = _sweep(folder, "--search.trials", "3", "--extend", *jobs)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "trials       3 of 3 chosen: " in ended.stdout
+    assert "running   lr=" in ended.stdout
+    assert len(list((folder / "runs" / "study").glob("lr=*"))) == 3
