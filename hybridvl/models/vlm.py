@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -61,7 +61,7 @@ class VisionLanguageModel(nn.Module):
         self.config = config
         self.pattern = str(pattern)
         self.mixer_configs: list[MixerConfig] = pattern.configs(config.mixers, path="mixers")
-        self._rotary_sections = _sections_by_dim(self.mixer_configs, config)
+        self._rotary_sections = sections_by_dim(self.mixer_configs, config)
         self.visual = None
         if config.vision is not None:
             self.visual = VisionTower(config.vision, config.width, config.activation_checkpointing)
@@ -370,7 +370,8 @@ def position_rules(config: ModelConfig, video_convention: str | None = None) -> 
     )
 
 
-def _sections_by_dim(mixers: list[MixerConfig], config: ModelConfig) -> dict[int, tuple[int, ...]]:
+def sections_by_dim(mixers: Iterable[MixerConfig], config: ModelConfig) -> dict[int, tuple[int, ...]]:
+    """How many frequencies turn with each axis (t, h, w), for every head size that turns; ConfigError if that fails."""
     dims = sorted({dim for mixer in mixers for dim in mixer.rotary_dims})
     if config.vision is None and config.rope_sections is None:
         return {dim: (dim // 2, 0, 0) for dim in dims}  # text alone: the three axes agree

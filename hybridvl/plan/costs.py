@@ -16,6 +16,7 @@ from hybridvl.models.block import SwiGLU
 from hybridvl.models.config import ModelConfig
 from hybridvl.models.decoder import ModelState
 from hybridvl.models.vision import VisionTower
+from hybridvl.models.vlm import sections_by_dim
 from hybridvl.pattern import parse_pattern
 from hybridvl.pattern.syntax import LayerSpec
 
@@ -139,8 +140,10 @@ def plan_model(
     contexts = tuple(sorted(set(contexts)))
     pattern = parse_pattern(config.pattern, config.mixers)
     mlp_params = _meta_params(SwiGLU, config.width, config.mlp_width) if config.mlp_width else 0
+    mixers = pattern.configs(config.mixers, path)
+    sections_by_dim(mixers, config)  # refuses head sizes that a built model would refuse
     made: dict[str, LayerCost] = {}
-    for spec, mixer in zip(pattern.specs, pattern.configs(config.mixers, path), strict=True):
+    for spec, mixer in zip(pattern.specs, mixers, strict=True):
         if spec.text not in made:
             made[spec.text] = _layer_cost(spec, mixer, config, mlp_params, contexts, dtype)
     layers = tuple(made[text] for text in pattern.layers)

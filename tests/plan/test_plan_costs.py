@@ -132,6 +132,7 @@ def test_mistakes() -> None:
     assert "column 1: unknown mixer 'gdm', did you mean 'gdn'" in mistakes(small("gdm*2"))
     assert mistakes(small("swa", mixers={"swa": {"window": 0}})).startswith("net.mixers.swa.window = 0: expected")
     assert "head_dim = 48" in mistakes(small("mamba2", mixers={"mamba2": {"head_dim": 48}}))
+    assert "rope_sections: [4, 4, 4] add up to 12; expected" in mistakes(small("swa", rope_sections=(4, 4, 4)))
     with pytest.raises(ConfigError, match="context: 0; expected at least 1 token"):
         plan_model(SMALL, [0])
 

@@ -26,7 +26,7 @@ from hybridvl.training.agreement import check_agreement
 ROOT = Path(__file__).parents[2]
 FILES = {str(path.relative_to(ROOT / "ablations")): path for path in sorted(ROOT.glob("ablations/**/*.yaml"))}
 STUDIES = [name for name, path in FILES.items() if "axes" in read_mapping(path)]
-KINDS = ("ratio", "window", "mixer", "placement", "inherit")
+KINDS = ("ratio", "window", "mixer", "placement", "inherit", "claims")
 PUBLISHED = ROOT / "tests" / "data" / "qwen2_5_vl_published" / "3B.json"
 
 
