@@ -19,6 +19,7 @@ from hybridvl.ablation.report.curve_pictures import band, curve_tags, draw_curve
 from hybridvl.ablation.report.events import Curve
 from hybridvl.ablation.report.figures import draw_all
 from hybridvl.ablation.report.guessing import guessing
+from hybridvl.ablation.report.naming import cell_names, shared_labels
 from hybridvl.ablation.report.runs import collect
 from hybridvl.ablation.report.slices import slices_of
 from hybridvl.ablation.report.style import limits
@@ -273,6 +274,53 @@ def test_of_many_cells_the_best_are_drawn_and_the_rest_is_counted(tmp_path: Path
     assert figure is not None
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [str(label) for label in range(10, 50)]
     assert "the 40 best of 50 cells" in figure.get_suptitle()
+
+
+@pytest.fixture
+def long_names(tmp_path: Path) -> Path:
+    """Twelve cells whose labels have many words, two of them the same in all."""
+    for number in range(12):
+        words = " ".join(f"layer{layer}(option={number})" for layer in range(8))
+        config = recipe(0, {"pattern": words, "size": "small", "lr": "0.003"}, "gdn*2 swa" if number % 2 else "swa*3")
+        metrics = {"test/exact": 0.2 + 0.05 * number, **{f"test/lag_{lag}_exact": 0.5 for lag in (1, 2)}}
+        curve = [(step, 100.0 / step) for step in (1, 10, 100)]
+        write_run(tmp_path / str(number) / "seed_0", config, metrics, {"val/loss": curve})
+    return tmp_path
+
+
+def test_names_leave_out_what_all_cells_have(long_names: Path) -> None:
+    analysis = analysed(long_names)
+    heading, names = cell_names(analysis, range(12))
+    assert heading == "pattern"
+    assert names[3].replace("\n", " ").startswith("layer0(option=3) layer1(option=3) layer2(option=3)")
+    assert shared_labels(analysis, range(12)) == "; all with lr=0.003, size=small"
+    assert shared_labels(analysis, [3]) == ""
+    figure = draw_cells(analysis, "test/exact")
+    assert figure is not None
+    assert any("all with lr=0.003, size=small" in text.get_text().replace("\n", " ") for text in figure.texts)
+
+
+def test_legends_of_long_names_are_in_their_pictures(long_names: Path) -> None:
+    analysis = analysed(long_names)
+    for draw in (draw_curves, draw_slices, draw_growth, draw_pareto):
+        figure = draw(analysis, "test/exact")
+        assert figure is not None
+        figure.canvas.draw()
+        found = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend() is not None)]
+        for legend in found:
+            box = legend.get_window_extent()
+            assert min(box.x0, box.y0, figure.bbox.x1 - box.x1, figure.bbox.y1 - box.y1) > -1, draw
+        assert found
+
+
+def test_of_many_cells_those_on_the_front_have_numbers(long_names: Path) -> None:
+    figure = draw_pareto(analysed(long_names), "test/exact")
+    assert figure is not None
+    state = next(axes for axes in figure.axes if axes.get_xlabel().startswith("state"))
+    found = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend() is not None)]
+    names = [text.get_text() for text in found[0].get_texts()]
+    assert [name[:20] for name in names] == ["1  layer0(option=10)", "2  layer0(option=11)"]  # the best of each pattern
+    assert sorted(text.get_text() for text in state.texts) == ["1", "2"]
 
 
 def test_limits_of_axes() -> None:

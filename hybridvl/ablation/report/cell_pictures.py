@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.guessing import guessing
 from hybridvl.ablation.report.metrics import direction, is_share, metric_label
-from hybridvl.ablation.report.naming import cell_names, shown_cells
+from hybridvl.ablation.report.naming import cell_names, shared_labels, shown_cells
 from hybridvl.ablation.report.style import COLOURS, FAINT, INK, figure, limits, plain, tidy, title
 from hybridvl.ablation.report.wording import probability, with_interval
 from hybridvl.ablation.statistics import Interval
@@ -49,6 +49,7 @@ def draw_cells(analysis: Analysis, metric: str) -> Figure | None:
     if len(baselines) == 1:
         how += "; dashed: the baseline's mean"
     how += "; dotted: guessing" if chance is not None else ""
+    how += shared_labels(analysis, indices)
     _heading(made, f"{metric} by {heading}", only, how)
     return made
 
@@ -81,6 +82,7 @@ def draw_differences(analysis: Analysis, metric: str) -> Figure | None:
     axes.set_xlabel(plain(f"{metric}, minus that of {baseline}"), color=INK, fontsize=9.5)
     clear = "green better, red worse" if better else "blue different"
     how = f"rings: pairs of one seed; bar: {_level(analysis)}; {clear} (p < {_SIGNIFICANT} by Holm), grey unclear"
+    how += shared_labels(analysis, [index for index, _, _ in rows])
     _heading(made, f"Differences of {metric} to {baseline}", only, how)
     return made
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.cells import CellRuns
 from hybridvl.ablation.report.metrics import is_cost, is_share, metric_label
-from hybridvl.ablation.report.naming import cell_names, shown_cells
+from hybridvl.ablation.report.naming import cell_names, shared_labels, shown_cells
 from hybridvl.ablation.report.style import (
     COLOURS,
     FAINT,
@@ -23,6 +24,7 @@ from hybridvl.ablation.report.style import (
     MARKERS,
     figure,
     legend,
+    legend_height,
     limits,
     plain,
     tidy,
@@ -31,6 +33,8 @@ from hybridvl.ablation.report.style import (
 from hybridvl.ablation.statistics import pareto_front
 from hybridvl.plan.units import parameters, tokens, with_prefix
 
+_LISTED = 12  # cells on fronts that are named, of many
+_TRAINING = ("train_", "augment", "turns")  # arguments of tasks that change nothing of the test
 _STYLES = ("-", "--", ":", "-.")  # of the fronts of several tasks
 
 
@@ -44,27 +48,51 @@ def draw_pareto(analysis: Analysis, metric: str) -> Figure | None:
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     few, left = len(indices) <= LINES, lines * columns > len(panels)
-    made = figure(5.3 * columns + (2.6 if few and not left else 0), 3.9 * lines + 0.8)
+    spent = [[_number(cost_of(cost)) for cost in costs] for _, cost_of, _ in panels]
+    fronts = [_fronts(analysis, metric, indices, values) for values in spent]
+    shown = indices if few else [indices[place] for place in sorted({p for fs in fronts for f in fs for p in f})]
+    names = cell_names(analysis, shown)[1]
+    if not few:
+        names = [f"{number}  {name}" for number, name in enumerate(names[:_LISTED], 1)]
+    marks = dict(zip(shown, names, strict=False))
+    high = max(3.9 * lines + 0.8, 0 if left else legend_height(names))
+    made = figure(5.3 * columns + (0 if left else 2.6), high)
     grid = made.subplots(lines, columns, squeeze=False)
-    for place, (name, cost_of, unit) in enumerate(panels):
+    for place, (name, _, unit) in enumerate(panels):
         axes = grid[place // columns][place % columns]
         timed = [max(cost.latency) for cost in costs if cost.latency]
         after = f" after {tokens(timed[0])} tokens" if timed else ""
         label = name.format(context=tokens(costs[0].context), measured=after)
-        _pareto(axes, analysis, metric, indices, [cost_of(cost) for cost in costs], unit)
+        _pareto(axes, analysis, metric, indices, spent[place], fronts[place], marks)
+        _cost_axis(axes, spent[place], unit)
         axes.set_xlabel(label, color=INK, fontsize=9.5)
         axes.set_ylabel(plain(metric_label(metric)), color=INK, fontsize=9.5)
+        tidy(axes)
     for place in range(len(panels), lines * columns):
         grid[place // columns][place % columns].set_axis_off()
-    if few:
-        handles, names = grid[0][0].get_legend_handles_labels()
-        where = grid[-1][-1] if left else made
-        where.legend(handles, names, loc="center left" if left else "outside right upper", frameon=False, fontsize=8.5)
+    handles, texts = grid[0][0].get_legend_handles_labels()
+    if not few:
+        handles, texts = [Line2D([], [], linestyle="none")] * len(names), names
+    where = grid[-1][-1] if left else made
+    where.legend(handles, texts, loc="center left" if left else "outside right upper", frameon=False, fontsize=8.5)
     how = f"bars: {100 * analysis.settings.level:g} % interval; line: the cells that no other beats in both"
     if len({_task(analysis.cells[index]) for index in indices}) > 1:
         how += ", of each task by itself"
-    title(made, f"{metric} against costs", how)
+    title(made, f"{metric} against costs", how + shared_labels(analysis, shown))
     return made
+
+
+def _fronts(analysis: Analysis, metric: str, indices: list[int], spent: list[float]) -> list[list[int]]:
+    """The places on the front of each task: shares of right answers to other questions do not compare."""
+    sign = -1 if is_cost(metric) else 1
+    qualities = [sign * analysis.results[metric][index].interval.mean for index in indices]
+    tasks = [_task(analysis.cells[index]) for index in indices]
+    found = []
+    for task in dict.fromkeys(tasks):
+        own = [place for place, other in enumerate(tasks) if other == task]
+        front = pareto_front([spent[place] for place in own], [qualities[place] for place in own])
+        found.append([own[place] for place in front])
+    return found
 
 
 def _pareto(
@@ -72,36 +100,35 @@ def _pareto(
     analysis: Analysis,
     metric: str,
     indices: list[int],
-    costs: list[float | None],
-    unit: Callable[[float], str],
+    spent: list[float],
+    fronts: list[list[int]],
+    marks: Mapping[int, str],
 ) -> None:
+    """One panel: a mark for each cell, of many a number for those on a front; marks: names by the cell's index."""
     intervals = [analysis.results[metric][index].interval for index in indices]
-    sign = -1 if is_cost(metric) else 1
-    spent = [math.nan if cost is None else float(cost) for cost in costs]
-    tasks = [_task(analysis.cells[index]) for index in indices]
-    front = []
-    for number, task in enumerate(dict.fromkeys(tasks)):  # shares of right answers to other questions do not compare
-        own = [place for place, other in enumerate(tasks) if other == task]
-        best = pareto_front([spent[place] for place in own], [sign * intervals[place].mean for place in own])
-        found = [own[place] for place in best]
-        across, height = [spent[place] for place in found], [intervals[place].mean for place in found]
-        label = None if number else "front"
-        axes.plot(across, height, color=FAINT, label=label, **_front(number))
-        front += found
-    names = cell_names(analysis, indices)[1]
-    for place, interval in enumerate(intervals):
+    few, ahead = len(indices) <= LINES, {place for front in fronts for place in front}
+    for number, front in enumerate(fronts):
+        across, height = [spent[place] for place in front], [intervals[place].mean for place in front]
+        axes.plot(across, height, color=FAINT, label=None if number else "front", **_front(number))
+    for place, (index, interval) in enumerate(zip(indices, intervals, strict=True)):
         if math.isnan(spent[place]):
             continue
-        few = len(indices) <= LINES
-        colour = COLOURS[place % LINES] if few else COLOURS[0 if place in front else -1]
-        if few or place in front:
+        told = few or place in ahead
+        colour = COLOURS[place % LINES] if few else COLOURS[0 if told else -1]
+        if told:
             axes.plot([spent[place]] * 2, [interval.low, interval.high], color=colour, linewidth=1.4, alpha=0.75)
+        look: dict[str, Any] = {"color": colour, "markersize": 6.5 if told else 3.5, "zorder": 3}
         mark = MARKERS[place % len(MARKERS)] if few else "o"
-        size = 6.5 if few or place in front else 3.5
-        axes.plot([spent[place]], [interval.mean], mark, color=colour, markersize=size, zorder=3, label=names[place])
-        if not few and place in front:
-            at = (spent[place], interval.mean)
-            axes.annotate(names[place], at, (5, 4), textcoords="offset points", fontsize=7, zorder=5)
+        axes.plot([spent[place]], [interval.mean], mark, label=marks.get(index), **look)
+        if not few and told and index in marks:
+            at, said = (spent[place], interval.mean), marks[index].partition(" ")[0]
+            axes.annotate(said, at, (5, 3), textcoords="offset points", fontsize=8, zorder=5)
+    means = [interval.mean for interval in intervals]
+    ends = [end for interval in intervals for end in (interval.low, interval.high)]
+    axes.set_ylim(*limits(means, ends, is_share(metric)))
+
+
+def _cost_axis(axes: Axes, spent: list[float], unit: Callable[[float], str]) -> None:
     known = [cost for cost in spent if not math.isnan(cost) and cost > 0]
     if known and max(known) > 4 * min(known):
         axes.set_xscale("log")
@@ -114,10 +141,6 @@ def _pareto(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: unit(value)))
     else:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
-    means = [interval.mean for interval in intervals]
-    ends = [end for interval in intervals for end in (interval.low, interval.high)]
-    axes.set_ylim(*limits(means, ends, is_share(metric)))
-    tidy(axes)
 
 
 def draw_growth(analysis: Analysis, metric: str) -> Figure | None:
@@ -133,9 +156,9 @@ def draw_growth(analysis: Analysis, metric: str) -> Figure | None:
     if not shown:
         return None
     timed = any(analysis.costs[index].latency for index in shown)
-    made = figure(12.4 if timed else 7.6, 4.2)
-    panels = made.subplots(1, 2 if timed else 1, squeeze=False)[0]
     heading, names = cell_names(analysis, shown)
+    made = figure(12.4 if timed else 7.6, max(4.2, legend_height(names)))
+    panels = made.subplots(1, 2 if timed else 1, squeeze=False)[0]
     for place, (index, name) in enumerate(zip(shown, names, strict=True)):
         cost, colour = analysis.costs[index], COLOURS[place % LINES]
         for axes, values, scale in zip(panels, (cost.growth, cost.latency), (1.0, 1e3), strict=False):
@@ -157,6 +180,7 @@ def draw_growth(analysis: Analysis, metric: str) -> Figure | None:
     how = "models that cost the same have one line"
     if timed:
         how += "; times on this machine's CPU in float32: the shortest, bars: up to that of the slowest block of rounds"
+    how += shared_labels(analysis, shown)
     title(made, f"Costs against length ({only})" if only else "Costs against length", how)
     return made
 
@@ -175,6 +199,10 @@ def _front(number: int) -> dict[str, Any]:
     return {"linewidth": 1.2, "drawstyle": "steps-post", "zorder": 1, "linestyle": _STYLES[number % len(_STYLES)]}
 
 
+def _number(cost: float | None) -> float:
+    return math.nan if cost is None else float(cost)
+
+
 def _milliseconds(value: float) -> str:
     return f"{1e3 * value:.4g}"
 
@@ -182,7 +210,12 @@ def _milliseconds(value: float) -> str:
 def _task(cell: CellRuns) -> str:
     """What the cell's runs were asked."""
     run = next(iter(cell.used.values()), None)
-    return "" if run is None else json.dumps(run.section("data", "task"), sort_keys=True)
+    if run is None:
+        return ""
+    task = run.section("data", "task")
+    arguments = run.section("data", "task", "init_args")
+    asked = {key: value for key, value in arguments.items() if not key.startswith(_TRAINING)}
+    return json.dumps({**task, "init_args": asked}, sort_keys=True)
 
 
 _PANELS = (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from hybridvl.ablation.report.analysis import Analysis
@@ -17,7 +17,7 @@ from hybridvl.ablation.report.cells import CellRuns
 from hybridvl.ablation.report.events import Curve
 from hybridvl.ablation.report.guessing import guessing
 from hybridvl.ablation.report.metrics import is_share, metric_label
-from hybridvl.ablation.report.naming import cell_names, shown_cells
+from hybridvl.ablation.report.naming import cell_names, shared_labels, shown_cells
 from hybridvl.ablation.report.slices import Slices, slices_of
 from hybridvl.ablation.report.style import (
     COLOURS,
@@ -26,6 +26,7 @@ from hybridvl.ablation.report.style import (
     MARKERS,
     figure,
     legend,
+    legend_height,
     limits,
     plain,
     tidy,
@@ -86,15 +87,16 @@ def draw_curves(analysis: Analysis, metric: str) -> Figure | None:
     indices, only = shown_cells(analysis, metric, LINES)
     if not tags or not indices:
         return None
-    made = figure(3.7 * len(tags) + 2.4, 4.2)
+    heading, names = cell_names(analysis, indices)
+    made = figure(3.7 * len(tags) + 2.4, max(4.2, legend_height(names)))
     panels = made.subplots(1, len(tags), squeeze=False)[0]
-    names = cell_names(analysis, indices)[1]
     for axes, tag in zip(panels, tags, strict=True):
         _curves(axes, analysis, tag, indices, names)
-    legend(made, panels, cell_names(analysis, indices)[0], names)
+    legend(made, panels, heading, names)
     how = (
         f"lines: mean of seeds; bands: {100 * analysis.settings.level:g} % interval, where there are two seeds or more"
     )
+    how += shared_labels(analysis, indices)
     title(made, f"Learning curves ({only})" if only else "Learning curves", how)
     return made
 
@@ -107,16 +109,17 @@ def draw_slices(analysis: Analysis, metric: str) -> Figure | None:
         return None
     columns = min(3, len(found))
     rows = -(-len(found) // columns)
-    made = figure((5.0 if columns < 3 else 3.7) * columns + 2.4, 3.9 * rows + 0.6)
+    heading, names = cell_names(analysis, indices)
+    height = max(3.9 * rows + 0.6, legend_height([*names, _GUESSING]))
+    made = figure((5.0 if columns < 3 else 3.7) * columns + 2.4, height)
     grid = made.subplots(rows, columns, squeeze=False)
-    names = cell_names(analysis, indices)[1]
     for place, part in enumerate(found):
         _slices(grid[place // columns][place % columns], analysis, metric, part, indices, names)
     for place in range(len(found), rows * columns):
         grid[place // columns][place % columns].set_visible(False)
-    legend(made, grid.flat, cell_names(analysis, indices)[0], [*names, _GUESSING])
+    legend(made, grid.flat, heading, [*names, _GUESSING])
     what = f"{metric} by {' and '.join(dict.fromkeys(part.axis for part in found))}"
-    how = f"marks: mean of seeds; bars: {100 * analysis.settings.level:g} % interval"
+    how = f"marks: mean of seeds; bars: {100 * analysis.settings.level:g} % interval" + shared_labels(analysis, indices)
     title(made, f"{what} ({only})" if only else what, how)
     return made
 
@@ -141,6 +144,9 @@ def _curves(axes: Axes, analysis: Analysis, tag: str, indices: Sequence[int], na
     known = [mean for mean in means if mean > 0]
     if not is_share(tag) and len(known) == len(means) and known and max(known) > 30 * min(known):
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_ylim(min(known) / 1.5, max(known) * 1.5)  # bands may reach below 0
     else:
         axes.set_ylim(*limits(means, [*means, *_near(means, ends)], is_share(tag)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from matplotlib.artist import Artist
@@ -16,6 +17,7 @@ COLOURS = (
     *("#d0699a", "#4aa3b8", "#8a6d4b", "#8fa32f", "#5b6470"),
 )
 MARKERS = "osD^vPX<>*"
+_LETTERS = 15  # of the smallest size, an inch
 LINES = len(COLOURS)  # more cells than this cannot be told apart by colour
 
 
@@ -44,7 +46,13 @@ def title(made: Figure, text: str, below: str = "") -> None:
     """What a figure shows, and in smaller letters how."""
     made.suptitle(plain(text), fontsize=12, color=INK, x=0.01, ha="left", fontweight="bold")
     if below:
-        made.supxlabel(plain(below), fontsize=8, color=FAINT, x=0.01, ha="left")
+        lines = textwrap.wrap(below, int(_LETTERS * made.get_figwidth()))
+        made.supxlabel(plain("\n".join(lines)), fontsize=8, color=FAINT, x=0.01, ha="left")
+
+
+def legend_height(names: Sequence[str]) -> float:
+    """Inches that a figure must be high for a legend of names, of several lines each."""
+    return 0.9 + 0.178 * sum(name.count("\n") + 1 for name in names)
 
 
 def legend(made: Figure, panels: Iterable[Axes], heading: str, names: Sequence[str]) -> None:
