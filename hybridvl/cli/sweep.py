@@ -12,7 +12,7 @@ from typing import Any
 
 from hybridvl.ablation.cells import Run, cells, runs
 from hybridvl.ablation.engine import OVER, Engine, Work
-from hybridvl.ablation.local import LocalEngine, Slot, own_slots, visible_gpus
+from hybridvl.ablation.local import LocalEngine, own_slots, visible_gpus
 from hybridvl.ablation.matching import Matched, match_cells
 from hybridvl.ablation.ray_tune import run_on_ray
 from hybridvl.ablation.records import RunRecord
@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
         check_study(study, left)
     if options.dry_run:
         compare_study(study, options.extend)
-        _show(study, matched, found, left, own_slots(options.jobs), options.probe)
+        print(f"{len(left)} of {len(found)} runs to do, {_pace(options)}")
+        _show(study, matched, found, left, options)
         return 0
     record_study(study, options.extend)
     with SweepView(study.metrics or ("test/exact",)) as view:
@@ -151,22 +152,39 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _pace(options: argparse.Namespace) -> str:
+    """How many runs there would be at a time."""
+    count = _at_a_time(options)
+    if options.engine == "slurm":
+        return f"by {count} {'job' if count == 1 else 'jobs'}, each with one at a time or more"
+    return f"{count} at a time" + (" or more" if options.engine == "ray" and options.jobs is None else "")
+
+
+def _at_a_time(options: argparse.Namespace) -> int:
+    """The same as a number, the least where a cluster decides."""
+    return len(own_slots(options.jobs)) if options.engine == "local" else options.jobs or 1
+
+
 def _show(
-    study: Study, matched: Sequence[Matched], found: Sequence[Run], left: Sequence[Run], places: list[Slot], probe: bool
+    study: Study,
+    matched: Sequence[Matched],
+    found: Sequence[Run],
+    left: Sequence[Run],
+    options: argparse.Namespace,
 ) -> None:
     """The cells, what they cost, and how long the runs that are left would take."""
-    print(f"{len(left)} of {len(found)} runs to do, {len(places)} at a time")
     more = {}
-    if probe and left:
+    if options.probe and left:
         from hybridvl.cli.sweep_probe import measured_times
 
         first = {run.cell.name: run for run in reversed(found)}
-        seconds = dict(zip(first, measured_times(list(first.values()), places[0]), strict=True))
+        place = own_slots(options.jobs if options.engine == "local" else None)[0]
+        seconds = dict(zip(first, measured_times(list(first.values()), place), strict=True))
         known = {name: value for name, value in seconds.items() if value is not None}
         times = [duration(known[entry.cell.name]) if entry.cell.name in known else "?" for entry in matched]
         more = {"training\nof a run": times}
         unknown = sum(run.cell.name not in known for run in left)
-        total = sum(known[run.cell.name] for run in left if run.cell.name in known) / len(places)
+        total = sum(known[run.cell.name] for run in left if run.cell.name in known) / _at_a_time(options)
         besides = f", and {unknown} runs of unknown length" if unknown else ""
         print(f"about {duration(total)} of training{besides}, by a few steps of every cell")
     table_console().print(cell_table(study, matched, more))

@@ -184,6 +184,26 @@ def test_a_signal_stops_in_order_and_failures_are_kept(tmp_path: Path) -> None:
     assert [start["attempts"] for start in _starts(tmp_path).values()] == [2, 2]
 
 
+@pytest.mark.parametrize(
+    ("engine", "pace"),
+    [
+        (["--jobs", "3"], "3 at a time"),
+        (["--engine", "slurm", "--jobs", "4"], "by 4 jobs, each with one at a time or more"),
+        (["--engine", "ray"], "1 at a time or more"),
+    ],
+)
+def test_a_dry_run_says_how_many_runs_at_a_time(
+    engine: list[str],
+    pace: str,
+    shared: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(shared)
+    assert main(["sweep", "study.yaml", "--dry-run", *engine]) == 0
+    assert capsys.readouterr().out.startswith(f"0 of 4 runs to do, {pace}\n")
+
+
 def test_other_settings_are_not_taken_for_the_same_run(
     shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
