@@ -8,20 +8,20 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from hybridvl.ablation.placement.outcome import Outcome
 from hybridvl.ablation.report.wording import UNKNOWN, probability, with_interval
 from hybridvl.checkpoints.files import text_writer, usable_path, write_files
 from hybridvl.cli.arguments import Arguments, take_flags
 from hybridvl.cli.output import table_console
-from hybridvl.cli.place_search import Search
-from hybridvl.cli.place_stage import train_student
 from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.runner import StageFailed
+
+if TYPE_CHECKING:  # Lightning takes seconds to import
+    from hybridvl.ablation.placement.outcome import Outcome
 
 _FLAG = re.compile(
     r"--(?P<key>seed_everything|(?:model|data|trainer|run|checkpoints|examples)\.[^=]+)(?:=(?P<value>.*))?", re.DOTALL
@@ -35,6 +35,9 @@ def main(argv: Sequence[str]) -> int:
     folder = usable_path(options.out)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out: {options.out}: is a file; expected a folder")
+    from hybridvl.cli.place_search import Search  # which imports it
+    from hybridvl.cli.place_stage import train_student
+
     search = Search(options, {match["key"]: value for match, value in flags})
     student = options.student
     if student is not None:
