@@ -70,10 +70,14 @@ class RunRecord:
         return read_record(self.folder / "progress.json")
 
     @property
+    def curve(self) -> Path:
+        """A line for each of its validations."""
+        return self.folder / "validations.jsonl"
+
+    @property
     def validations(self) -> list[dict[str, Any]]:
         """What its validations came to, a mapping of step, steps and metrics each; a resumed run may repeat some."""
-        path = self.folder / "validations.jsonl"
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # the last one may be half of one
+        lines = self.curve.read_bytes().split(b"\n")[:-1] if self.curve.exists() else []  # the last may be half of one
         found = [_mapping(line) for line in lines]
         return [entry for entry in found if entry]
 

@@ -51,6 +51,7 @@ class SearchEngine(LocalEngine):
         self._chosen = _Chosen(study, self)
         self._open: dict[int, Trial] = {}  # trials by the place of their first run, while its end is not known
         self._judged: dict[int, int] = {}  # validations of first runs that have been looked at
+        self._bytes: dict[int, int] = {}  # of the files that they were read from
         self._mistake: ConfigError | None = None
         self._looked_at_trials = float("-inf")
 
@@ -141,7 +142,12 @@ class SearchEngine(LocalEngine):
 
     def _judge_running(self) -> None:
         for running in list(self._running):
-            if running.index in self._open and self._judge(running.index, has_ended=False):
+            curve = running.record.curve
+            size = curve.stat().st_size if curve.exists() else 0
+            if running.index not in self._open or size == self._bytes.get(running.index, 0):
+                continue
+            self._bytes[running.index] = size
+            if self._judge(running.index, has_ended=False):
                 running.process.send_signal(signal.SIGTERM)
 
     def _judge(self, first: int, has_ended: bool) -> bool:

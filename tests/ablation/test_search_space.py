@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_cases import STUDY, study_of
 
@@ -42,6 +42,7 @@ def _high(low: float, step: float, count: int) -> float:
     return float(Decimal(repr(low)) + count * Decimal(repr(step)))
 
 
+@settings(deadline=None)
 @given(numbers=ranges(), share=st.floats(0, 1))
 def test_a_drawn_number_and_its_text_are_the_same(numbers: Range, share: float) -> None:
     drawn = min(max(numbers.low + share * (numbers.high - numbers.low), numbers.low), numbers.high)
@@ -59,6 +60,7 @@ def test_a_drawn_number_and_its_text_are_the_same(numbers: Range, share: float) 
         assert abs(value - drawn) <= size * 1e-3 * 0.51 or value in (numbers.low, numbers.high)
 
 
+@settings(deadline=None)
 @given(numbers=ranges())
 def test_the_ends_are_values(numbers: Range) -> None:
     assert list(numbers.ends.values()) == [numbers.low, numbers.high]
