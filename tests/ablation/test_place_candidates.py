@@ -121,8 +121,18 @@ def test_a_budget_keeps_as_many_layers_as_fit(spare: int) -> None:
         assert kept_within(plans, Budget(used[count] + spare, None, 128, torch.float32)) == count
         assert kept_within(plans, Budget(used[count + 1] - 1 - spare, None, 128, torch.float32)) == count
     for limit, what in ((used[1] - 1, "no layer"), (used[6], "every layer")):
-        with pytest.raises(ConfigError, match=rf"{what} can keep attention; .*: {used[1]:,} bytes .* to {used[5]:,}"):
+        with pytest.raises(ConfigError, match=rf"{what} can keep attention; .*: {used[1]:,} to {used[5]:,} bytes"):
             kept_within(plans, Budget(limit, None, 128, torch.float32))
+
+
+def test_a_budget_that_does_not_bound_attention_is_refused() -> None:
+    plans = [
+        plan_model(net(pattern), (4,), torch.float32) for pattern in ("gdn*3", "full gdn*2", "full*2 gdn", "full*3")
+    ]
+    assert plans[0].total_params > plans[3].total_params
+    budget = Budget(None, plans[1].total_params, 4, torch.float32)
+    with pytest.raises(ConfigError, match=rf"attention costs no more .*{plans[3].total_params:,} parameters\)"):
+        kept_within(plans, budget)
 
 
 def test_candidates_carry_the_names_of_all_who_propose_them() -> None:

@@ -69,15 +69,20 @@ def kept_within(plans: Sequence[Plan], budget: Budget) -> int:
     """The most layers that may keep attention; plans[n] is what a hybrid with n of them costs.
 
     Raises:
-        ConfigError: not even one may, or all may: then there is nothing to be placed.
+        ConfigError: not even one may, or all may: then there is nothing to be placed. Or attention costs no more than
+            what takes its place, so that a budget does not bound it.
     """
+    ends = _cost(plans[0], budget), _cost(plans[-1], budget)
+    if ends[1] <= ends[0]:
+        what = _costs(budget).format(*ends)
+        raise ConfigError(f"attention costs no more than what takes its place ({what}); expected --keep instead")
     fitting = [count for count, plan in enumerate(plans) if budget.allows(plan)]
     most = max(fitting, default=0)
     if 0 < most < len(plans) - 1:
         return most
-    ends = " to ".join(_cost(plans[count], budget) for count in (1, len(plans) - 2))
     what = "no layer can" if most == 0 else "every layer can"
-    raise ConfigError(f"{what} keep attention; expected a budget for some of them: {ends}")
+    some = _costs(budget).format(*(_cost(plans[count], budget) for count in (1, len(plans) - 2)))
+    raise ConfigError(f"{what} keep attention; expected a budget for some of them: {some}")
 
 
 def simple_placements(layers: Sequence[int], count: int) -> dict[str, Placement]:
@@ -116,7 +121,9 @@ def placement_of(pattern: Pattern, layers: Layers, count: int) -> Placement:
     return kept
 
 
-def _cost(plan: Plan, budget: Budget) -> str:
-    if budget.state_bytes is None:
-        return f"{plan.total_params:,} parameters"
-    return f"{plan.state_bytes(budget.context):,} bytes of state"
+def _cost(plan: Plan, budget: Budget) -> int:
+    return plan.total_params if budget.state_bytes is None else plan.state_bytes(budget.context)
+
+
+def _costs(budget: Budget) -> str:
+    return "{:,} to {:,} " + ("parameters" if budget.state_bytes is None else "bytes of state")
