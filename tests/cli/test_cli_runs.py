@@ -153,6 +153,19 @@ def test_a_later_command_leaves_what_the_fit_has_found(run: Path) -> None:
     path.write_text(json.dumps(written))
 
 
+def test_a_fit_that_is_gone_on_with_forgets_tests_of_its_unfinished_weights(tmp_path: Path) -> None:
+    recipe = str(cli_runs.recipe(tmp_path, text="run: {test: false}"))
+    path = tmp_path / "runs" / "tiny" / "version_0" / "metrics.json"
+    assert main(["fit", "--config", recipe, "--trainer.max_steps", "6"]) == 0
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps({**facts, "metrics": {**facts["metrics"], "test/exact": 0.25}}))
+    assert main(["fit", "--config", recipe, "--ckpt_path", "last"]) == 0
+    after = json.loads(path.read_text())
+    assert "test/exact" not in after["metrics"]
+    assert after["steps"] == 12
+    assert "ended" in after
+
+
 def test_a_later_command_logs_at_the_step_of_its_checkpoint(run: Path) -> None:
     earlier = set(run.glob("events.*"))
     for command in ("validate", "test"):

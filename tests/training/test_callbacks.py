@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import mmap
 import random
 import re
@@ -26,7 +27,7 @@ from hybridvl.inference.processor import Processor
 from hybridvl.layers.errors import ConfigError
 from hybridvl.training.answers import Question, model_inputs, split_questions
 from hybridvl.training.callbacks import progress_file
-from hybridvl.training.callbacks.checkpoints import Checkpoints
+from hybridvl.training.callbacks.checkpoints import Checkpoints, is_better
 from hybridvl.training.callbacks.exact_resume import ExactResume, random_state, set_random_state
 from hybridvl.training.callbacks.examples import ExampleImages, draw, last_image, spread
 from hybridvl.training.callbacks.export import ExportModel
@@ -277,6 +278,17 @@ def test_a_fit_that_breaks_is_no_success_in_hparams(tmp_path: Path) -> None:
         assert b"_hparams_/session_start_info" in content
         ends.append(b"_hparams_/session_end_info" in content)
     assert ends == [False, True]
+
+
+@pytest.mark.parametrize(("mode", "higher"), [("max", True), ("min", False)])
+def test_no_score_but_a_number_is_the_best(mode: Any, higher: bool) -> None:
+    assert is_better(0.3, None, mode)
+    assert is_better(0.5, 0.3, mode) is higher
+    assert is_better(0.3, 0.5, mode) is not higher
+    assert not is_better(0.3, 0.3, mode)
+    for score in (math.nan, math.inf, -math.inf):
+        assert not is_better(score, None, mode)
+        assert not is_better(score, 0.3, mode)
 
 
 def test_metrics_json(run: tuple[Path, dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,8 +86,7 @@ class Checkpoints(Checkpoint):
             known = ", ".join(sorted(trainer.callback_metrics))
             raise ConfigError(f"checkpoints.monitor: no metric is called {monitor!r} (known: {known})")
         score = float(trainer.callback_metrics[monitor])
-        better = self.best is None or (score > self.best if self.mode == "max" else score < self.best)
-        if better and not is_dry_run(trainer):
+        if is_better(score, self.best, self.mode) and not is_dry_run(trainer):
             self.best = score
             trainer.save_checkpoint(checkpoint_folder(trainer) / BEST, weights_only=False)
 
@@ -100,8 +100,20 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(checkpoint_folder(trainer) / LAST, weights_only=False)
 
 
+def is_better(score: float, best: float | None, mode: Literal["min", "max"]) -> bool:
+    """Whether a score is a number, and better than the best one so far, if there is any."""
+    if best is None or not math.isfinite(score):
+        return math.isfinite(score)
+    return score > best if mode == "max" else score < best
+
+
 def _validates_now(trainer: Trainer) -> bool:
-    """Whether a validation follows this training batch: what Lightning itself asks in a moment."""
+    """Whether a validation follows this training batch: what Lightning itself asks in a moment.
+
+    Of validations by the clock nobody knows: it may strike while a checkpoint is saved, and starts anew at a resume.
+    """
+    if getattr(trainer, "_val_check_time_interval", None) is not None:
+        return False
     fit, batches = trainer.fit_loop, trainer.num_val_batches
     assert fit._data_fetcher is not None
     # No batches at all are known before the first validation.

@@ -65,10 +65,14 @@ class RunSummary(Callback):
         self._write(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take back that it has ended, if this is a run that is gone on with."""
+        """Take back that it has ended, and how it did in tests, if this is a run that is gone on with."""
         path = run_folder(trainer) / FILE
         if trainer.is_global_zero and not is_dry_run(trainer) and path.exists():
-            write_json(path, {name: value for name, value in _read(path).items() if name != "ended"})
+            facts = {name: value for name, value in _read(path).items() if name != "ended"}
+            metrics = facts.get("metrics") or {}
+            write_json(
+                path, {**facts, "metrics": {tag: metrics[tag] for tag in metrics if not tag.startswith("test/")}}
+            )
 
     def finish(self, trainer: Trainer) -> None:
         """Say in metrics.json that nothing of the fit is left to do."""
