@@ -7,14 +7,14 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from hybridvl.ablation.cells import Run
-from hybridvl.ablation.records import Hold, RunRecord, State
+from hybridvl.ablation.records import Hold, RunRecord, State, attempts_in
 from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.processes import handled_by
 
@@ -41,14 +41,16 @@ class Work:
     Attributes:
         runs: in this order.
         folder: of the study.
-        retry_failed: whether runs that have failed are tried again.
+        retry_failed: whether runs that have failed are tried again, once.
         watch: called with the engine some times a second, and once at the end.
+        tried: how often runs had been begun when the sweep began, by their folders; None: it begins with this engine.
     """
 
     runs: Sequence[Run]
     folder: Path
     retry_failed: bool = False
     watch: Watch = unwatched
+    tried: Mapping[Path, int] | None = None
 
 
 class Engine:
@@ -63,6 +65,7 @@ class Engine:
         troubles: what else went wrong, for people.
         signal: the first signal that has come, if any.
         ahead: how many runs are still to come that are not known yet, as a search chooses them one after another.
+        tried: how often runs had been begun when the sweep began, by their folders; only needed to try them again.
 
     Raises:
         ConfigError: a run was started with other settings.
@@ -77,18 +80,24 @@ class Engine:
         self.troubles: list[str] = []
         self.signal: int | None = None
         self.ahead = 0
+        # Before any look at how runs stand, so that a failure in between counts as one of this sweep.
+        self.tried = work.tried if work.tried is not None else attempts_in(work.folder) if work.retry_failed else {}
         for index, (run, record) in enumerate(zip(self.runs, self.records, strict=True)):
             record.check(run.key)
             state = record.state
             if state in OVER:
                 self.statuses[index] = OVER[state]
-            elif state == "failed" and not work.retry_failed and not Hold.is_held(record):
+            elif state == "failed" and not self.tries_again(record) and not Hold.is_held(record):
                 self.statuses[index] = "failed"
 
     @property
     def left(self) -> list[Run]:
         """The runs that wait."""
         return [run for run, status in zip(self.runs, self.statuses, strict=True) if status == "waiting"]
+
+    def tries_again(self, record: RunRecord) -> bool:
+        """Whether a run that has failed is begun once more: not if it has been since the sweep began."""
+        return self.work.retry_failed and record.attempts <= self.tried.get(record.folder, 0)
 
     def reason(self, index: int) -> str:
         """Why a run ended without success, for people."""

@@ -186,7 +186,7 @@ class LocalEngine(Engine):
         state = record.state
         if state in OVER:
             return OVER[state]
-        if state == "failed" and (not self.work.retry_failed or self.statuses[index] == "elsewhere"):
+        if state == "failed" and (self.statuses[index] == "elsewhere" or not self.tries_again(record)):
             return "failed"
         record.check(run.key)
         words = record.begin(run.key, run.cell.labels, run.seed, run.arguments)

@@ -39,7 +39,7 @@ def run_on_ray(work: Work, at_a_time: int | None, cores: int, gpus: int) -> Engi
     except ModuleNotFoundError as error:
         raise ConfigError("--engine ray: Ray Tune is not installed; pip install 'hybridvl[ray]'") from error
     onlooker = Onlooker(work, work.folder / _FOLDER)
-    share = replace(work, runs=onlooker.left, watch=unwatched)
+    share = replace(work, runs=onlooker.left, watch=unwatched, tried=onlooker.tried)
     if not share.runs:
         onlooker.follow(lambda: False)
         return onlooker

@@ -99,6 +99,11 @@ class RunRecord:
         return "failed" if ended.get("status", -1) >= 0 and ended.get("signal") is None else "stopped"
 
     @property
+    def attempts(self) -> int:
+        """How often it was begun."""
+        return int(read_record(self.started).get("attempts", 0))
+
+    @property
     def reason(self) -> str:
         """Why it was pruned, or its last process ended without success, for people."""
         return str(read_record(self.pruned).get("reason") or read_record(self.ended).get("reason", ""))
@@ -126,14 +131,13 @@ class RunRecord:
             self.ended.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(f"root: {self.folder}: cannot be begun again: {error.strerror}") from error
-        attempts = int(read_record(self.started).get("attempts", 0)) + 1
         before = self.log.stat().st_size if self.log.exists() else 0
         facts = {
             "key": key,
             "labels": labels,
             "seed": seed,
             "arguments": words,
-            "attempts": attempts,
+            "attempts": self.attempts + 1,
             "log_from": before,
         }
         write_json(self.started, {**facts, "started": _now()})
@@ -188,6 +192,13 @@ class Hold:
     def release(self) -> None:
         """Give it up."""
         os.close(self.handle)
+
+
+def attempts_in(folder: Path) -> dict[Path, int]:
+    """How often each run of a study was begun, by its folder; those never begun are not there."""
+    others = (".ended.json", ".pruned.json")
+    found = [path.with_suffix("") for path in folder.glob("*/*.json") if not path.name.endswith(others)]
+    return {run: RunRecord(run).attempts for run in found}
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def run_on_slurm(work: Work, jobs: int, settings: Mapping[str, Any], search: Stu
     parameters = {name: value for name, value in settings.items() if name not in (CLUSTER, TIMEOUTS)}
     folder = work.folder / ".slurm"
     onlooker = Onlooker(work, folder) if search is None else _search_onlooker(search, work, folder)
-    share = replace(work, runs=onlooker.left, watch=unwatched)
+    share = replace(work, runs=onlooker.left, watch=unwatched, tried=onlooker.tried)
     count = min(jobs, len(share.runs) + onlooker.ahead)
     submitted: list[Any] = []
 
@@ -101,7 +101,9 @@ def work_on_share(work: Work, place: str, signals: SignalFile, search: Study | N
         return
     from hybridvl.ablation.search_engine import SearchEngine  # Optuna is for searches alone
 
-    SearchEngine(search, own_slots(None), work.retry_failed, signals=signals).run()
+    engine = SearchEngine(search, own_slots(None), work.retry_failed, signals=signals)
+    engine.tried = engine.tried if work.tried is None else work.tried
+    engine.run()
 
 
 def _search_onlooker(search: Study, work: Work, folder: Path) -> Onlooker:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,10 @@ from rich.console import Console
 
 from hybridvl.ablation import local
 from hybridvl.ablation.cells import Cell, Run
-from hybridvl.ablation.engine import Engine, SignalFile, Work
+from hybridvl.ablation.engine import Engine, Onlooker, SignalFile, Work
 from hybridvl.ablation.local import LocalEngine, Slot, own_slots, slots
 from hybridvl.ablation.records import Hold, RunRecord, one_at_a_time
+from hybridvl.ablation.slurm import work_on_share
 from hybridvl.cli.sweep_view import SweepView
 from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.processes import Ended
@@ -337,6 +339,27 @@ def test_what_failed_is_left_alone_unless_it_is_wanted(tmp_path: Path) -> None:
     assert engine.left == engine.runs[1:]
     again = LocalEngine(Work(engine.runs, tmp_path, retry_failed=True), [Slot((0,))])
     assert again.left == engine.runs
+
+
+def test_what_failed_is_tried_again_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whichever of the jobs of a sweep comes first, and not again by one that is requeued."""
+    _quick_fits(monkeypatch, "false")
+    monkeypatch.chdir(tmp_path)  # as jobs do
+    first = _engine(tmp_path, SweepView([], Console(file=io.StringIO())), 2)
+    first.run()
+    assert [record.attempts for record in first.records] == [1, 1]
+    work = Work(first.runs, tmp_path, retry_failed=True)
+    onlooker = Onlooker(work, tmp_path / ".slurm")
+    engines = [LocalEngine(work, [Slot((0,))]) for _ in range(3)]
+    for engine in engines:
+        assert engine.left == first.runs
+        engine.run()
+        assert engine.statuses == ["failed", "failed"]
+        assert [record.attempts for record in engine.records] == [2, 2]
+    work_on_share(replace(work, runs=onlooker.left, tried=onlooker.tried), str(tmp_path), onlooker.signals)  # requeued
+    assert [record.attempts for record in first.records] == [2, 2]
+    LocalEngine(work, [Slot((0,))]).run()  # another sweep
+    assert [record.attempts for record in first.records] == [3, 3]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
