@@ -54,6 +54,7 @@ class SearchEngine(LocalEngine):
         self._bytes: dict[int, int] = {}  # of the files that they were read from
         self._mistake: ConfigError | None = None
         self._looked_at_trials = float("-inf")
+        self._may_choose = True
 
     def run(self) -> None:
         """As of any study; a mistake that shows only now stops all runs in order, and is raised then."""
@@ -95,8 +96,9 @@ class SearchEngine(LocalEngine):
                 return
 
     def _choose(self) -> bool:
-        """Whether there was one more trial to choose."""
-        trial = self._trials.ask()
+        """Whether there was one more trial to choose; once there was none, nobody asks until the next look at them."""
+        trial = self._trials.ask() if self._may_choose else None
+        self._may_choose = trial is not None
         if trial is not None:
             self._go_on_with(trial)
             self._chosen.count_ahead()
@@ -109,10 +111,16 @@ class SearchEngine(LocalEngine):
             self._go_on_with(trial)
         self._chosen.count_ahead()
         self._looked_at_trials = time.monotonic()
+        self._may_choose = True
 
     def _go_on_with(self, trial: Trial) -> None:
         """Let as many of its runs count as it has come to, and tell the search how it ended."""
-        first, *_ = self._chosen.places(trial)
+        counting = self._chosen.places(trial)
+        if not counting:  # its budget cannot be matched: the others are no worse for it
+            if trial.state == "running":
+                self._trials.tell(trial, "failed")
+            return
+        first = counting[0]
         if trial.state == "running":
             self._open[first] = trial
         if self.statuses[first] == "done" and first in self._open:
@@ -210,15 +218,16 @@ class SearchOnlooker(Onlooker):
         self._trials = Trials(study, study.folder)
         self._chosen = _Chosen(study, self)
         self._take_up()
+        self._chosen.count_ahead()
 
     def _look(self) -> None:
         self._take_up()
         super()._look()
+        self._chosen.count_ahead()  # by how runs stand now
 
     def _take_up(self) -> None:
         for trial in self._trials.all():
             self._chosen.places(trial, self._chosen.begun(trial))
-        self._chosen.count_ahead()
 
 
 class _Chosen:
@@ -230,7 +239,10 @@ class _Chosen:
         self._places: dict[int, list[int]] = {}  # in the engine, of those that count so far
 
     def places(self, trial: Trial, count: int = 1) -> list[int]:
-        """Where a trial's runs are in the engine; at least so many of them count from now on."""
+        """Where a trial's runs are in the engine; at least so many of them count from now on.
+
+        Nowhere, if the trial has none, as its budget cannot be matched.
+        """
         engine = self._engine
         known = self._places.setdefault(trial.number, [])
         for run in self._runs(trial)[len(known) : count]:
@@ -249,14 +261,25 @@ class _Chosen:
     def count_ahead(self) -> None:
         """Say how many runs are to come, if no more trials are given up."""
         assert self._study.search is not None
-        statuses = [self._engine.statuses[known[0]] for known in self._places.values()]
+        statuses = [self._engine.statuses[known[0]] for known in self._places.values() if known]
         alone = sum(status in ("pruned", "failed") for status in statuses)
+        without = sum(not known for known in self._places.values())
         seeds = len(self._study.seeds)
-        self._engine.ahead = (self._study.search.trials - alone) * seeds + alone - len(self._engine.runs)
+        whole = self._study.search.trials - alone - without
+        self._engine.ahead = whole * seeds + alone - len(self._engine.runs)
 
     def _runs(self, trial: Trial) -> list[Run]:
         if trial.number not in self._planned:
-            cell = cell_of(self._study, trial.labels)
-            cell = match_cells(self._study, [cell])[0].cell if self._study.matches else cell
-            self._planned[trial.number] = runs(self._study, [cell])
+            self._planned[trial.number] = self._plan(trial)
         return self._planned[trial.number]
+
+    def _plan(self, trial: Trial) -> list[Run]:
+        """A trial's runs; none, and a trouble, if its budget cannot be matched."""
+        cell = cell_of(self._study, trial.labels)
+        if self._study.matches:
+            try:
+                cell = match_cells(self._study, [cell])[0].cell
+            except ConfigError as error:
+                self._engine.troubles.append(f"trial {trial.number} failed: {error}")
+                return []
+        return runs(self._study, [cell])

@@ -207,6 +207,8 @@ def _report(study: Study, found: Sequence[Run], engine: Engine, view: SweepView,
         print("once that is mended, the same command with --retry-failed tries the failed ones again")
     if counts["stopped"]:
         print("the same command goes on with those that were stopped")
+    if engine.ahead:
+        print(f"the same command goes on with the search, of which {engine.ahead} runs or fewer were not begun")
     print(f"report       hybridvl report {shlex.quote(str(study.folder))}")
     print(f"watch        tensorboard --logdir {shlex.quote(str(study.folder))}")
-    return int(sum(counts[status] for status in OVER.values()) < len(found))
+    return int(sum(counts[status] for status in OVER.values()) < len(found) + engine.ahead)

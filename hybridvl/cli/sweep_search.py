@@ -12,13 +12,14 @@ from rich.table import Table
 
 from hybridvl.ablation.cells import Cell, cell_of, cells, runs
 from hybridvl.ablation.local import Slot
-from hybridvl.ablation.matching import match_cells
+from hybridvl.ablation.matching import Matched, match_cells
 from hybridvl.ablation.search_trials import JOURNAL, Trials
 from hybridvl.ablation.study import Study
 from hybridvl.ablation.table import cell_table
 from hybridvl.cli.output import table_console
 from hybridvl.cli.recipe_check import check_study
 from hybridvl.cli.sweep_view import duration
+from hybridvl.layers.errors import ConfigError
 
 _SHOWN = 5  # of the first trials
 
@@ -56,9 +57,14 @@ def show_search(study: Study, places: Sequence[Slot], probe: bool) -> None:
     # What comes after the startup trials depends on how those end.
     count = min(_SHOWN, search.trials, max(1, search.startup) if search.sampler == "tpe" else _SHOWN)
     asked = [trial for _ in range(count) if (trial := first.ask()) is not None]
-    matched = match_cells(study, [cell_of(study, trial.labels) for trial in asked])
+    matched: list[Matched] = []
+    for trial in asked:
+        try:
+            matched += match_cells(study, [cell_of(study, trial.labels)])
+        except ConfigError as error:
+            print(f"trial {trial.number} would fail: {error}")
     more = {}
-    if probe:
+    if probe and matched:
         from hybridvl.cli.sweep_probe import measured_times
 
         count = len(matched)
@@ -68,7 +74,7 @@ def show_search(study: Study, places: Sequence[Slot], probe: bool) -> None:
         if known:
             total = fmean(known) * search.trials * len(study.seeds) / len(places)
             print(f"about {duration(total)} of training if no trial is given up, by a few steps of the first {count}")
-    console.print(cell_table(study, matched, more, title=f"the first {len(matched)} trials"))
+    console.print(cell_table(study, matched, more, title=f"the first {len(asked)} trials"))
 
 
 def trial_lines(study: Study) -> list[str]:

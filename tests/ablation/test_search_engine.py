@@ -15,14 +15,27 @@ import pytest
 from optuna.trial import TrialState
 from search_cases import STEPS, STUDY, loss, study_of, use_quick_fits
 
+from hybridvl.ablation.engine import Work
 from hybridvl.ablation.local import Slot
 from hybridvl.ablation.records import RunRecord
-from hybridvl.ablation.search_engine import SearchEngine
+from hybridvl.ablation.search_engine import SearchEngine, SearchOnlooker
 from hybridvl.ablation.search_trials import Trial, Trials
 from hybridvl.ablation.study import Study
 from hybridvl.layers.errors import ConfigError
 
 LR_ONLY = "\n".join(line for line in STUDY.splitlines() if "mlp_width" not in line and "pattern" not in line)
+
+MATCHED = """
+name: n
+root: ROOT
+recipe: base.yaml
+overrides: {model.optimizer.lr: 0.001, model.net.mixers.swa.heads: 4}
+axes: {kv: {key: model.net.mixers.swa.kv_heads, range: {low: 1, high: 4}}}
+baseline: {kv: 1}
+match: params
+search: {trials: 4, metric: val/loss, direction: min, sampler: random}
+seeds: [0, 1]
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -202,6 +215,55 @@ def test_a_metric_that_is_not_logged_stops_the_sweep(tmp_path: Path) -> None:
         _run(study, places=2)
     assert len(_starts(study)) <= 3
     assert {trial.state for trial in _trials(study)} == {"running"}
+
+
+def test_a_trial_that_cannot_be_matched_fails_alone(tmp_path: Path) -> None:
+    study = study_of(tmp_path, MATCHED)
+    for _ in range(2):  # also where it is known already
+        engine = _run(study, places=2)
+        ends = {trial.labels["kv"]: trial.state for trial in _trials(study)}
+        assert ends == {"1": "complete", "2": "complete", "3": "failed", "4": "complete"}
+        assert (engine.statuses, engine.ahead) == (["done"] * 6, 0)
+        (trouble,) = engine.troubles
+        assert "cell kv=3: " in trouble
+        assert "expected a divisor of heads = 4" in trouble
+    onlooker = SearchOnlooker(study, Work([], study.folder), study.folder / ".slurm")
+    assert (onlooker.statuses, onlooker.ahead, onlooker.troubles) == (["done"] * 6, 0, engine.troubles)
+
+
+def test_who_looks_on_counts_by_how_runs_stand_now(tmp_path: Path) -> None:
+    study = _study(tmp_path, trials="5")
+    study.folder.mkdir(parents=True)
+    onlooker = SearchOnlooker(study, Work([], study.folder), study.folder / ".slurm")
+    assert onlooker.ahead == 10
+    Path("broken").touch()
+    failed = _run(study).statuses.count("failed")
+    assert failed > 0
+    onlooker.follow(lambda: False)
+    assert onlooker.statuses.count("failed") == failed
+    assert onlooker.statuses.count("done") == 2 * (5 - failed)
+    assert onlooker.ahead == 0
+
+
+def test_once_there_is_no_more_to_choose_nobody_asks_all_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    ask = Trials.ask
+
+    def counted(self: Trials) -> Trial | None:
+        found = ask(self)
+        asked.append(found is None)
+        return found
+
+    monkeypatch.setattr(Trials, "ask", counted)
+    looks: list[float] = []
+    everything = Trials.all
+    monkeypatch.setattr(Trials, "all", lambda self: looks.append(0.0) or everything(self))
+    monkeypatch.setenv("SLOW", "0.3")
+    _run(_study(tmp_path, trials="2"), places=5)
+    assert 1 <= sum(asked) <= len(looks)
+    assert asked.count(False) == 2
 
 
 def test_lines_about_validations(tmp_path: Path) -> None:

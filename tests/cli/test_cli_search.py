@@ -13,6 +13,7 @@ import cli_runs
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hybridvl.ablation import slurm
 from hybridvl.cli import main
 
 FAULT = "HYBRIDVL_TEST_FAULT"
@@ -90,6 +91,19 @@ def test_mistakes(
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     assert main(["sweep", "study.yaml", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_search_whose_jobs_died_is_not_done(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setattr(slurm, "_GRACE", 0.5)
+    jobs = ["--engine", "slurm", "--slurm.cluster", "local", "--slurm.local_setup", "[exit 3]"]
+    assert main(["sweep", "study.yaml", "--root", str(tmp_path), *jobs]) == 1
+    out = capsys.readouterr().out
+    assert "0 of 2 done" in out
+    assert "the same command goes on with the search, of which 2 runs or fewer were not begun" in out
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
