@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
@@ -20,6 +21,7 @@ from hybridvl.ablation.search_space import Search
 Labels = dict[str, str]
 
 _ATTEMPTS = 10  # draws before a new cell is looked for in another way
+_MANY_ATTEMPTS = 10_000  # draws before all cells are listed, where there are more than that
 
 
 def distributions(axes: Sequence[Axis]) -> dict[str, BaseDistribution]:
@@ -104,6 +106,12 @@ class CellSampler(BaseSampler):
     def _others(self, study: OptunaStudy, trial: FrozenTrial) -> Iterator[dict[str, Any]]:
         """Cells in a random order of labels, of ranges first drawn numbers and then all."""
         draws = random.Random(trial_seed(self._search.seed, self._index, _ATTEMPTS))
+        for _ in range(_MANY_ATTEMPTS if math.prod(len(own) for own in self._values.values()) > _MANY_ATTEMPTS else 0):
+            sampler = RandomSampler(draws.randrange(2**32))
+            yield {
+                name: self._nearest(name, sampler.sample_independent(study, trial, name, one))
+                for name, one in self._space.items()
+            }
         labels = [dict(zip(self._values, chosen, strict=True)) for chosen in itertools.product(*self._values.values())]
         draws.shuffle(labels)
         left = [own for own in labels if not any(entry.items() <= own.items() for entry in self._exclude)]

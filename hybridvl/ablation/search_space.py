@@ -20,6 +20,7 @@ SEARCH_KEYS = ("sampler", "trials", "metric", "direction", "pruner", "seed", "st
 """Keys of a search."""
 
 _STARTUP = 5
+_MOST_COUNTED = 100_000  # cells that are looked at one by one
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def read_search(given: Any, axes: Sequence[Axis], exclude: Sequence[Mapping[str,
 
 
 def space_size(axes: Sequence[Axis], exclude: Sequence[Mapping[str, str]]) -> int | None:
-    """How many cells there are to choose from; None where a range has values that are not counted.
+    """How many cells there are to choose from; None where that is not counted: in some ranges, or with much excluded.
 
     exclude: entries with labels of axes without a range.
     """
@@ -94,9 +95,68 @@ def space_size(axes: Sequence[Axis], exclude: Sequence[Mapping[str, str]]) -> in
     if None in ranges:
         return None
     labels = {axis.name: list(axis.values) for axis in axes if axis.range is None}
-    cells = (dict(zip(labels, chosen, strict=True)) for chosen in itertools.product(*labels.values()))
+    named = {name: own for name, own in labels.items() if any(name in entry for entry in exclude)}
+    if math.prod(len(own) for own in named.values()) > _MOST_COUNTED:
+        return None
+    cells = (dict(zip(named, chosen, strict=True)) for chosen in itertools.product(*named.values()))
     left = sum(not any(entry.items() <= cell.items() for entry in exclude) for cell in cells)
-    return left * math.prod(count for count in ranges if count is not None)
+    free = (len(own) for name, own in labels.items() if name not in named)
+    return left * math.prod(free) * math.prod(count for count in ranges if count is not None)
+
+
+def telling_labels(
+    labels: Mapping[str, Sequence[str]], exclude: Sequence[Mapping[str, str]], baseline: Mapping[str, str]
+) -> list[dict[str, str]]:
+    """One cell that has the baseline's labels, and for each other label one with it, of which the rest is the same.
+
+    Where that is excluded, further labels differ from the first cell's. A label that all exclude is in none.
+
+    Args:
+        labels: by axis; there may be more cells than can be counted.
+        exclude: labels by axis of what is left out.
+        baseline: labels by axis, of some axes.
+
+    Returns:
+        Labels by axis, in the order of the axes; nothing if the baseline is excluded.
+    """
+    first = _allowed(labels, exclude, baseline, {})
+    if first is None:
+        return []
+    found = [first]
+    for name, own in labels.items():
+        for label in own:
+            cell = _allowed(labels, exclude, {name: label}, first)
+            if cell is not None and not any(label == known[name] for known in found):
+                found.append(cell)
+    return found
+
+
+def _allowed(
+    labels: Mapping[str, Sequence[str]],
+    exclude: Sequence[Mapping[str, str]],
+    fixed: Mapping[str, str],
+    liked: Mapping[str, str],
+) -> dict[str, str] | None:
+    """A cell that is not excluded, has what is fixed, and what is liked where it can."""
+    # What no entry names cannot be at fault: only the rest is tried in every way.
+    named = [name for name in labels if name not in fixed and any(name in entry for entry in exclude)]
+
+    def tried(chosen: dict[str, str], count: int) -> dict[str, str] | None:
+        if any(entry.items() <= chosen.items() for entry in exclude):
+            return None
+        if count == len(named):
+            return chosen
+        name = named[count]
+        for label in sorted(labels[name], key=lambda label: label != liked.get(name)):
+            found = tried({**chosen, name: label}, count + 1)
+            if found is not None:
+                return found
+        return None
+
+    found = tried(dict(fixed), 0)
+    if found is None:
+        return None
+    return {name: found.get(name, liked.get(name, own[0])) for name, own in labels.items()}
 
 
 def _one_of(key: str, given: Any, known: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from hybridvl.ablation.axes import OWN, SAYS, Axis, label_of, read_axes, require_references
 from hybridvl.ablation.claims import read_claims, require_cells
-from hybridvl.ablation.search_space import SEARCH_KEYS, Search, read_search
+from hybridvl.ablation.search_space import SEARCH_KEYS, Search, read_search, telling_labels
 from hybridvl.layers.errors import ConfigError, within
 from hybridvl.pipeline.mappings import (
     read_mapping,
@@ -97,9 +97,13 @@ class Study:
     def combinations(self) -> list[dict[str, str]]:
         """The labels of every cell by axis, in the order of the file: the last axis varies fastest.
 
-        Of a search, whose cells are not known before it is done, those at the ends of ranges.
+        Of a search, whose cells are not known before it is done, a few that have every label and end of a range: one
+        with the baseline's, and others that differ from it in one axis.
         """
-        return combinations({axis.name: list(axis.values) for axis in self.axes}, self.exclude)
+        labels = {axis.name: list(axis.values) for axis in self.axes}
+        if self.search is not None:
+            return telling_labels(labels, self.exclude, self.baseline)
+        return combinations(labels, self.exclude)
 
 
 def combinations(labels: Mapping[str, Sequence[str]], exclude: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
@@ -294,9 +298,7 @@ def _check_cells(study: Study) -> None:
 
 def _check_search(study: Study) -> None:
     """Raise ConfigError for what has no meaning where cells are chosen one after another."""
-    ranged = [axis.name for axis in study.axes if axis.range is not None]
-    fixed = {name: label for name, label in study.baseline.items() if name not in ranged}
-    if not any(fixed.items() <= labels.items() for labels in study.combinations()):
+    if not study.combinations():
         raise ConfigError("baseline: is excluded, or all is; expected labels of a cell that is not")
     if study.matches and not study.baseline:
         raise ConfigError("match: a search has no first cell to match with; expected `baseline` to say with which one")

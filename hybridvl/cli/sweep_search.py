@@ -10,7 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from hybridvl.ablation.cells import Cell, cell_of, cells, runs
+from hybridvl.ablation.cells import cell_of, cells, runs
 from hybridvl.ablation.local import Slot
 from hybridvl.ablation.matching import Matched, match_cells
 from hybridvl.ablation.search_trials import JOURNAL, Trials
@@ -26,13 +26,7 @@ _SHOWN = 5  # of the first trials
 
 def check_search(study: Study) -> None:
     """Raise ConfigError for what a fit would refuse of any label, or of the ends of a range."""
-    seen: set[tuple[str, str]] = set()
-    telling: list[Cell] = []
-    for cell in cells(study):
-        if not set(cell.labels.items()) <= seen:
-            seen |= set(cell.labels.items())
-            telling.append(cell)
-    check_study(study, runs(study, [entry.cell for entry in match_cells(study, telling)]))
+    check_study(study, runs(study, [entry.cell for entry in match_cells(study, cells(study))]))
 
 
 def show_search(study: Study, places: Sequence[Slot], probe: bool) -> None:

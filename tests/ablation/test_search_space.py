@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -17,7 +19,9 @@ from hybridvl.ablation.axes import label_of
 from hybridvl.ablation.cells import cell_name, cell_of, cells
 from hybridvl.ablation.matching import match_cells
 from hybridvl.ablation.search_range import Range, read_range
-from hybridvl.ablation.search_space import Search, space_size
+from hybridvl.ablation.search_sampling import CellSampler
+from hybridvl.ablation.search_space import Search, space_size, telling_labels
+from hybridvl.ablation.study import combinations
 from hybridvl.ablation.study_record import record_study
 from hybridvl.layers.errors import ConfigError
 
@@ -108,8 +112,8 @@ def test_what_a_search_says(tmp_path: Path) -> None:
     assert study.search == Search(6, "val/loss", "min", "tpe", "none", 0, 5)
     assert study.metrics == ("val/loss",)
     assert study.baseline == {}
-    # The ends of ranges stand for them where all combinations are looked at.
-    assert len(cells(study)) == 2 * 2 * 3
+    # A first one, then every other label and end of a range.
+    assert len(cells(study)) == 1 + 1 + 1 + 2
     cell = cell_of(study, {"lr": "0.0025", "width": "48", "mixer": "gdn"})
     assert cell.name == "lr=0.0025,width=48,mixer=gdn"
     assert cell.overrides == {"model.optimizer.lr": 0.0025, "model.net.mlp_width": 48, "model.net.pattern": "gdn*2"}
@@ -122,6 +126,48 @@ def test_how_many_cells_there_are(tmp_path: Path) -> None:
     study = study_of(tmp_path, changes={"axes.lr.values": "[0.1, 0.2]", "exclude": "[{mixer: gdn, lr: 0.1}]"})
     assert space_size(study.axes, study.exclude) == (2 * 3 - 1) * 7
     assert space_size(study_of(tmp_path).axes, ()) is None
+
+
+def test_a_space_too_large_to_be_listed(tmp_path: Path) -> None:
+    text = "name: n\nroot: ROOT\nrecipe: base.yaml\naxes:\n" + "".join(
+        f"  a{axis}: {{key: model.k{axis}, values: [1, 2, 3, 4, 5]}}\n" for axis in range(12)
+    )
+    text += "baseline: {a3: 2}\nsearch: {trials: 30, metric: val/loss, direction: min}\n"
+    began = time.monotonic()
+    study = study_of(tmp_path, text)
+    found = cells(study)
+    assert len(found) == 1 + 12 * 4
+    assert len({pair for cell in found for pair in cell.labels.items()}) == 12 * 5
+    assert all(sum(cell.labels[name] != found[0].labels[name] for name in cell.labels) == 1 for cell in found[1:])
+    assert found[0].labels["a3"] == "2"
+    assert space_size(study.axes, ()) == 5**12
+    assert space_size(study.axes, [{"a0": "1", "a1": "1"}]) == 24 * 5**10
+    assert space_size(study.axes, [{f"a{axis}": "1" for axis in range(12)}]) is None
+    sampler = CellSampler(study.search, study.axes, (), 3, set(), None)
+    storage = optuna.create_study()
+    other = next(sampler._others(storage, storage.ask()))
+    assert other.keys() == {f"a{axis}" for axis in range(12)}
+    assert time.monotonic() - began < 5
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_telling_cells_have_every_label_that_is_possible(data: st.DataObject) -> None:
+    labels = {name: ["x", "y", "z"][: data.draw(st.integers(1, 3))] for name in "abc"}
+    entries = st.lists(st.sampled_from("abc"), min_size=1, unique=True).flatmap(
+        lambda names: st.fixed_dictionaries({name: st.sampled_from(labels[name]) for name in names})
+    )
+    exclude = data.draw(st.lists(entries, max_size=5))
+    baseline = data.draw(st.one_of(st.just({}), entries))
+    every = combinations(labels, exclude)
+    found = telling_labels(labels, exclude, baseline)
+    assert bool(found) == any(baseline.items() <= cell.items() for cell in every)
+    assert all(cell in every for cell in found)
+    if found:
+        assert baseline.items() <= found[0].items()
+        possible = {pair for cell in every for pair in cell.items()}
+        assert {pair for cell in found for pair in cell.items()} == possible
+        assert len(found) <= 1 + len(possible)
 
 
 @pytest.mark.parametrize(

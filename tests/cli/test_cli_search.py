@@ -76,7 +76,7 @@ def test_a_dry_run_shows_the_space_and_leaves_nothing(
     [
         (["--engine", "ray"], "--engine ray: searches run through --engine local"),
         (["--search.metric", "test/exact"], "search.metric: 'test/exact'; expected the tag of a metric of the valid"),
-        (["--axes.lr.key", "model.net.width"], "width: 1e-05; expected a whole number"),
+        (["--axes.lr.key", "model.net.width"], "width: 0.003; expected a whole number"),
         (["--axes.lr.key", "model.optimizer.rate"], "is no key of the recipe"),
     ],
 )
