@@ -194,7 +194,13 @@ class Trials:
         if self._search.pruner == "none":
             return NopPruner()
         resources = self._optuna.user_attrs.get(_RESOURCES)
-        if resources is None and curve and curve[0].steps is not None:
+        if resources is None and curve:
+            if curve[0].steps is None:
+                raise ConfigError(
+                    f"{self._plan.path}: search.pruner: 'hyperband' deals out the steps of a fit, and this one has no "
+                    "end in steps; expected trainer.max_steps, or trainer.max_epochs with data that ends, in a study "
+                    "of another name, or another pruner"
+                )
             resources = [curve[0].step, curve[0].steps]
             self._optuna.set_user_attr(_RESOURCES, resources)
         if resources is None:

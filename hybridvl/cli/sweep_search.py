@@ -17,7 +17,7 @@ from hybridvl.ablation.search_trials import JOURNAL, Trials
 from hybridvl.ablation.study import Study
 from hybridvl.ablation.table import cell_table
 from hybridvl.cli.output import table_console
-from hybridvl.cli.recipe_check import check_study
+from hybridvl.cli.recipe_check import check_fit, check_study
 from hybridvl.cli.sweep_view import duration
 from hybridvl.layers.errors import ConfigError
 
@@ -26,7 +26,16 @@ _SHOWN = 5  # of the first trials
 
 def check_search(study: Study) -> None:
     """Raise ConfigError for what a fit would refuse of any label, or of the ends of a range."""
-    check_study(study, runs(study, [entry.cell for entry in match_cells(study, cells(study))]))
+    assert study.search is not None
+    found = runs(study, [entry.cell for entry in match_cells(study, cells(study))])
+    check_study(study, found)
+    if study.search.pruner == "hyperband":
+        trainer = check_fit(found[0].arguments, "run")
+        if trainer.max_steps in (None, -1) and trainer.max_epochs in (None, -1):
+            raise ConfigError(
+                f"{study.path}: search.pruner: 'hyperband' deals out the steps of a fit, and neither trainer.max_steps "
+                "nor trainer.max_epochs is set; expected one of them, or another pruner"
+            )
 
 
 def show_search(study: Study, places: Sequence[Slot], probe: bool) -> None:

@@ -258,6 +258,14 @@ def test_successive_halving_is_optunas(tmp_path: Path) -> None:
     assert 10 < pruned < 35
 
 
+def test_successive_halving_needs_an_end(tmp_path: Path) -> None:
+    trials = Trials(study_of(tmp_path, changes={"search.pruner": "hyperband"}), None)
+    first = trials.ask()
+    assert first is not None
+    with pytest.raises(ConfigError, match=r"search.pruner: 'hyperband' deals .*; expected trainer.max_steps, or"):
+        trials.judge(first, _curve([1.0], None), False)
+
+
 def test_reports_are_not_lost_or_doubled_by_kills(tmp_path: Path) -> None:
     study = study_of(tmp_path, changes={"search.pruner": "median", "search.startup": "1"})
     folder = tmp_path / "runs"

@@ -77,6 +77,15 @@ def test_a_dry_run_shows_the_space_and_leaves_nothing(
         (["--engine", "ray"], "--engine ray: searches run through --engine local"),
         (["--search.metric", "test/exact"], "search.metric: 'test/exact'; expected the tag of a metric of the valid"),
         (["--axes.lr.key", "model.net.width"], "width: 0.003; expected a whole number"),
+        (
+            [
+                "--search.pruner",
+                "hyperband",
+                "--overrides.trainer.max_steps=-1",
+                "--overrides.trainer.max_time=00:01:00:00",
+            ],
+            "search.pruner: 'hyperband' deals out the steps of a fit, and neither trainer.max_steps nor trainer.max_ep",
+        ),
         (["--axes.lr.key", "model.optimizer.rate"], "is no key of the recipe"),
     ],
 )

@@ -85,4 +85,5 @@ class ProgressFile(Callback):
 def _steps(trainer: Trainer) -> int | None:
     """Optimizer steps of the whole fit; None without an end."""
     total = trainer.estimated_stepping_batches if trainer.state.fn == "fit" else trainer.global_step
-    return None if total == float("inf") else int(total)
+    # Lightning says -1 where epochs have no end.
+    return None if total == float("inf") or total < 0 else int(total)
