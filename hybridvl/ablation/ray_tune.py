@@ -19,17 +19,17 @@ _ADDRESS = "RAY_ADDRESS"  # of a cluster, as Ray's own tools have it
 _FOLDER = ".ray"
 
 
-def run_on_ray(work: Work, at_a_time: int | None, cores: int, gpus: int) -> Engine:
+def run_on_ray(work: Work, at_a_time: int | None, cores: int) -> Engine:
     """Have Ray Tune start the runs, and look on until all trials have ended.
 
     It joins the cluster at RAY_ADDRESS, or starts one of this machine alone. All nodes must see the folder under the
-    same path, and its locks must hold between them. What Tune writes lies in .ray in the study's folder.
+    same path, and its locks must hold between them. Each trial has a GPU to itself if the cluster has any, whether this
+    machine has one or not. What Tune writes lies in .ray in the study's folder.
 
     Args:
         work: the runs; those to do become trials.
         at_a_time: trials at a time at most; None: as many as there are resources for.
         cores: of each trial.
-        gpus: of each trial.
 
     Raises:
         ConfigError: Ray Tune is not installed.
@@ -49,6 +49,7 @@ def run_on_ray(work: Work, at_a_time: int | None, cores: int, gpus: int) -> Engi
     with onlooker.signals_handed_on():
         ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=dashboard)
         try:
+            gpus = int(ray.cluster_resources().get("GPU", 0) >= 1)
             tuner = _tuner(share, onlooker.signals, at_a_time, {"cpu": cores, "gpu": gpus})
             found: list[Any] = []
             fitting = threading.Thread(target=lambda: found.append(tuner.fit()), daemon=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from hybridvl.ablation.cells import Run, cells, runs
 from hybridvl.ablation.engine import OVER, Engine, Work
-from hybridvl.ablation.local import LocalEngine, own_slots, visible_gpus
+from hybridvl.ablation.local import LocalEngine, own_slots
 from hybridvl.ablation.matching import Matched, match_cells
 from hybridvl.ablation.ray_tune import run_on_ray
 from hybridvl.ablation.records import RunRecord
@@ -107,7 +107,7 @@ def _run(work: Work, options: argparse.Namespace, slurm: Mapping[str, Any]) -> E
     if options.engine == "slurm":
         return run_on_slurm(work, options.jobs or 1, slurm)
     if options.engine == "ray":
-        return run_on_ray(work, options.jobs, options.cores or 1, int(bool(visible_gpus())))
+        return run_on_ray(work, options.jobs, options.cores or 1)
     engine = LocalEngine(work, own_slots(options.jobs))
     engine.run()
     return engine

@@ -38,6 +38,32 @@ if sys.orig_argv[1:4] == ["-m", "hybridvl", "fit"]:
     while True:
         time.sleep(0.05)
 """
+# The same, for fits that write which GPUs they see and wait until both have begun.
+GPU_FIT = """
+import os, sys, time
+if sys.orig_argv[1:4] == ["-m", "hybridvl", "fit"]:
+    given = dict(word[2:].split("=", 1) for word in sys.orig_argv if word.startswith("--") and "=" in word)
+    folder = os.path.join(given["run.root"], given["run.name"], given["run.version"])
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "gpus"), "w") as file:
+        file.write(os.environ.get("CUDA_VISIBLE_DEVICES", "as it was"))
+    others = [os.path.join(given["run.root"], name, given["run.version"], "gpus") for name in "ab"]
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not all(map(os.path.exists, others)):
+        time.sleep(0.05)
+    with open(os.path.join(folder, "metrics.json"), "w") as file:
+        file.write('{"ended": "now", "metrics": {"val/exact": 0.5}}')
+    os._exit(0)
+"""
+# A cluster until the end of its input.
+CLUSTER = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2})
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
 # A sweep of two runs by one of the engines, without what the command line does before.
 SWEEP = """
 import sys
@@ -53,7 +79,7 @@ if sys.argv[1] == "slurm":
     engine = run_on_slurm(Work(runs, root), 2, {"cluster": "local"})
 else:
     from hybridvl.ablation.ray_tune import run_on_ray
-    engine = run_on_ray(Work(runs, root), 2, 1, 0)
+    engine = run_on_ray(Work(runs, root), 2, 1)
 print(engine.signal, *engine.statuses, *engine.troubles)
 """
 
@@ -113,6 +139,24 @@ def test_an_interrupt_is_handed_on_once_and_leaves_nobody_behind(engine: str, tm
     assert [json.loads(record.started.read_text())["attempts"] for record in records] == [2, 2]
 
 
+def test_trials_have_gpus_where_the_cluster_has_some(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command is typed where there is none, for a cluster of another process that says that it has two."""
+    pytest.importorskip("ray")
+    (tmp_path / "sitecustomize.py").write_text(GPU_FIT)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    cluster = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    try:
+        assert cluster.stdout is not None
+        monkeypatch.setenv("RAY_ADDRESS", cluster.stdout.readline().strip())
+        out, err = _sweep(tmp_path, "ray").communicate(timeout=120)
+    finally:
+        cluster.communicate(timeout=60)
+    assert out.splitlines()[-1].split() == ["None", "done", "done"], out + err
+    assert sorted((tmp_path / "runs" / name / "seed_0" / "gpus").read_text() for name in "ab") == ["0", "1"]
+
+
 def _work(folder: Path, count: int, done: bool) -> Work:
     cells = [Cell({"a": str(number)}, {}, f"a={number}") for number in range(count)]
     found = [Run(cell, 0, folder / cell.name / "seed_0", ["fit"], "key") for cell in cells]
@@ -128,7 +172,7 @@ def test_nothing_is_submitted_when_nothing_is_left(tmp_path: Path, monkeypatch: 
     ray = pytest.importorskip("ray")
     monkeypatch.setattr(ray, "init", lambda: pytest.fail("Ray was started"))
     work = _work(tmp_path, 2, done=True)
-    for engine in (run_on_slurm(work, 2, {"cluster": "local"}), ray_tune.run_on_ray(work, 2, 1, 0)):
+    for engine in (run_on_slurm(work, 2, {"cluster": "local"}), ray_tune.run_on_ray(work, 2, 1)):
         assert engine.statuses == ["done", "done"]
         assert engine.troubles == []
     assert not list(tmp_path.glob(".slurm/*"))
