@@ -11,6 +11,7 @@ import torch
 from recipe_builds import build, pair_of_configurations
 
 from hybridvl.ablation.cells import baseline_of, cells, runs
+from hybridvl.ablation.claims import read_claims
 from hybridvl.ablation.matching import match_cells
 from hybridvl.ablation.recipes import recipe_model
 from hybridvl.ablation.study import Study, read_study
@@ -80,6 +81,33 @@ def test_budgets_are_those_of_built_models(name: str, tmp_path: Path) -> None:
             baseline = baseline_of(study, found, cell)
             assert baseline is not None
             assert abs(params[cell.name] / params[baseline.name] - 1) <= 0.005
+
+
+@pytest.mark.parametrize("task", ["recall", "pages"])
+def test_the_sides_of_the_claims_hold_equally_much(task: str) -> None:
+    """Of a model's state, and of its parameters, as claims.yaml says; full attention is there for comparison."""
+    study = read_study(FILES["claims.yaml"])
+    found = {
+        entry.cell.labels["layers"]: entry.costs
+        for entry in match_cells(study, cells(study))
+        if entry.cell.labels["task"] == task
+    }
+    costs = [found[layers] for layers in ("hybrid", "linear", "window")]
+    states = [cost.state_bytes for cost in costs if cost is not None]
+    params = [cost.params for cost in costs if cost is not None]
+    assert len(states) == 3
+    assert max(states) <= 1.005 * min(states)
+    assert max(params) <= 1.005 * min(params)
+    # Keys and values of 40 numbers in float32, of 35 tokens in each of two layers.
+    assert states[2] == pytest.approx(2 * 35 * 2 * 40 * 4, rel=0.005)
+
+
+def test_the_report_of_the_claims_measures_their_lengths() -> None:
+    claims = read_claims(list(read_study(FILES["claims.yaml"]).claims))
+    (lengths,) = {part.tokens for claim in claims for part in claim.parts if part.tokens is not None}
+    command = f"hybridvl report runs/claims --latency {lengths[0]} {lengths[1]}\n"
+    for path in (FILES["claims.yaml"], ROOT / "docs" / "report.md"):
+        assert command in path.read_text()
 
 
 @pytest.mark.parametrize("name", [*(f"{kind}.yaml" for kind in KINDS), "full/mixer.yaml", "full/inherit.yaml"])
