@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hybridvl.ablation.search_range import Range, number_text, read_range
+from hybridvl.ablation.ranges import Range, number_text, read_range
 from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.mappings import require_known, require_mapping, require_path
 from hybridvl.pipeline.references import filled, flat, references, require_value

@@ -99,7 +99,7 @@ def work_on_share(work: Work, place: str, signals: SignalFile, search: Study | N
     if search is None:
         LocalEngine(work, own_slots(None), signals).run()
         return
-    from hybridvl.ablation.search_engine import SearchEngine  # Optuna is for searches alone
+    from hybridvl.ablation.search.engine import SearchEngine  # Optuna is for searches alone
 
     engine = SearchEngine(search, own_slots(None), work.retry_failed, signals=signals)
     engine.tried = engine.tried if work.tried is None else work.tried
@@ -107,7 +107,7 @@ def work_on_share(work: Work, place: str, signals: SignalFile, search: Study | N
 
 
 def _search_onlooker(search: Study, work: Work, folder: Path) -> Onlooker:
-    from hybridvl.ablation.search_engine import SearchOnlooker
+    from hybridvl.ablation.search.engine import SearchOnlooker
 
     return SearchOnlooker(search, work, folder)
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from hybridvl.ablation.axes import OWN, SAYS, Axis, label_of, read_axes, require_references
 from hybridvl.ablation.claims import read_claims, require_cells
-from hybridvl.ablation.search_space import SEARCH_KEYS, Search, read_search, telling_labels
+from hybridvl.ablation.search.space import SEARCH_KEYS, Search, read_search, telling_labels
 from hybridvl.layers.errors import ConfigError, within
 from hybridvl.pipeline.mappings import (
     read_mapping,

@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
 
 def _search(study: Study, options: argparse.Namespace, slurm: Mapping[str, Any]) -> int:
     """The same for a study whose cells are chosen one after another."""
-    from hybridvl.ablation.search_engine import SearchEngine  # Optuna, and Lightning, take long to import
+    from hybridvl.ablation.search.engine import SearchEngine  # Optuna, and Lightning, take long to import
     from hybridvl.cli.sweep_search import check_search, show_search, trial_lines
 
     if options.engine == "ray":

@@ -13,7 +13,7 @@ from rich.table import Table
 from hybridvl.ablation.cells import cell_of, cells, runs
 from hybridvl.ablation.local import Slot
 from hybridvl.ablation.matching import Matched, match_cells
-from hybridvl.ablation.search_trials import JOURNAL, Trials
+from hybridvl.ablation.search.trials import JOURNAL, Trials
 from hybridvl.ablation.study import Study
 from hybridvl.ablation.table import cell_table
 from hybridvl.cli.output import table_console

@@ -11,7 +11,7 @@ import pytest
 from hybridvl.ablation import study as study_module
 from hybridvl.ablation.cells import cell_name, cells
 from hybridvl.ablation.matching import match_cells
-from hybridvl.ablation.search_space import SEARCH_KEYS
+from hybridvl.ablation.search.space import SEARCH_KEYS
 from hybridvl.ablation.study import read_study
 
 ROOT = Path(__file__).parents[2]

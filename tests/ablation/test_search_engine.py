@@ -18,8 +18,8 @@ from search_cases import STEPS, STUDY, loss, study_of, use_quick_fits
 from hybridvl.ablation.engine import Work
 from hybridvl.ablation.local import Slot
 from hybridvl.ablation.records import RunRecord
-from hybridvl.ablation.search_engine import SearchEngine, SearchOnlooker
-from hybridvl.ablation.search_trials import Trial, Trials
+from hybridvl.ablation.search.engine import SearchEngine, SearchOnlooker
+from hybridvl.ablation.search.trials import Trial, Trials
 from hybridvl.ablation.study import Study
 from hybridvl.layers.errors import ConfigError
 

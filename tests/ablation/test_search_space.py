@@ -18,9 +18,9 @@ from search_cases import STUDY, study_of
 from hybridvl.ablation.axes import label_of
 from hybridvl.ablation.cells import cell_name, cell_of, cells
 from hybridvl.ablation.matching import match_cells
-from hybridvl.ablation.search_range import Range, read_range
-from hybridvl.ablation.search_sampling import CellSampler
-from hybridvl.ablation.search_space import Search, space_size, telling_labels
+from hybridvl.ablation.ranges import Range, read_range
+from hybridvl.ablation.search.sampling import CellSampler
+from hybridvl.ablation.search.space import Search, space_size, telling_labels
 from hybridvl.ablation.study import combinations
 from hybridvl.ablation.study_record import record_study
 from hybridvl.layers.errors import ConfigError

@@ -15,8 +15,8 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState, create_trial
 from search_cases import study_of
 
-from hybridvl.ablation.search_sampling import labels_of
-from hybridvl.ablation.search_trials import JOURNAL, Point, Trial, Trials
+from hybridvl.ablation.search.sampling import labels_of
+from hybridvl.ablation.search.trials import JOURNAL, Point, Trial, Trials
 from hybridvl.ablation.study import Study
 from hybridvl.layers.errors import ConfigError
 

@@ -15,8 +15,8 @@ from optuna.study import Study as OptunaStudy
 from optuna.trial import FrozenTrial
 
 from hybridvl.ablation.axes import Axis, label_of
-from hybridvl.ablation.search_range import Range
-from hybridvl.ablation.search_space import Search
+from hybridvl.ablation.ranges import Range
+from hybridvl.ablation.search.space import Search
 
 Labels = dict[str, str]
 

@@ -15,7 +15,7 @@ from hybridvl.ablation.engine import OVER, Engine, Onlooker, SignalFile, Work, u
 from hybridvl.ablation.local import LocalEngine, Slot
 from hybridvl.ablation.matching import match_cells
 from hybridvl.ablation.records import RunRecord
-from hybridvl.ablation.search_trials import Point, Trial, Trials
+from hybridvl.ablation.search.trials import Point, Trial, Trials
 from hybridvl.ablation.study import Study
 from hybridvl.layers.errors import ConfigError
 

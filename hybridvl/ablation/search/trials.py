@@ -17,7 +17,7 @@ from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from hybridvl.ablation.records import one_at_a_time
-from hybridvl.ablation.search_sampling import CellSampler, Labels, distributions, labels_of
+from hybridvl.ablation.search.sampling import CellSampler, Labels, distributions, labels_of
 from hybridvl.ablation.study import Study
 from hybridvl.layers.errors import ConfigError
 
