@@ -80,7 +80,7 @@ def _difference(values: Sequence[float | None]) -> str:
 
 def _plain(found: Comparison) -> dict[str, object]:
     return {
-        "runs": [str(run.folder) for run in found.runs],
+        "runs": [str(run.path) for run in found.runs],
         "settings": dict(found.settings),
         "outcomes": dict(found.outcomes),
         "metrics": dict(found.metrics),

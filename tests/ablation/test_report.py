@@ -140,6 +140,23 @@ def test_runs_of_a_study_that_were_never_started_are_named(study: Path, capsys: 
     assert "2 of 9 runs were not started" in capsys.readouterr().out
 
 
+def test_runs_go_by_the_paths_that_were_given(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report names no folder of the machine, so that it is true where it is handed on, with the runs or without."""
+    monkeypatch.chdir(study.parent)
+    (study / "ratio=1" / "seed_2" / "metrics.json").unlink()
+    (study / "ratio=0" / "seed_1" / "metrics.json").write_text("{")
+    assert main(["report", study.name]) == 0
+    found = report(study)
+    folders = [f"ratio/ratio={label}/seed_{seed}" for label in ("0", "1", "1-4") for seed in range(3)]
+    assert [run["folder"] for run in found["runs"]] == folders
+    assert sorted(folder for cell in found["cells"] for folder in cell["runs"]) == sorted(folders)
+    assert [run["run"] for run in found["left_out"]] == ["ratio/ratio=0/seed_1", "ratio/ratio=1/seed_2"]
+    assert found["warnings"][0].startswith("ratio/ratio=0/seed_1: metrics.json: cannot be read")
+    assert sorted(row["run"] for row in rows(study / "report" / "report.csv")) == sorted(folders)
+    written = ("report.html", "report.md", "report.csv", "cells.csv", "report.json")
+    assert [name for name in written if str(study.parent) in (study / "report" / name).read_text()] == []
+
+
 def test_a_corrupt_event_file_is_a_warning(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (path,) = (study / "ratio=0" / "seed_1").glob("events*")
     path.write_bytes(b"x" * 100)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 from matplotlib.image import imread
 from report_runs import recipe, write_run, write_study
 from scipy import stats
@@ -266,6 +267,15 @@ def test_pictures_are_readable_files(study: Path, tmp_path: Path) -> None:
         image = imread(tmp_path / picture.name)
         assert min(image.shape[:2]) > 200
         assert 0.001 < (image[..., :3].min(axis=-1) < 0.9).mean() < 0.5  # neither empty nor full
+
+
+def test_pictures_do_not_depend_on_a_matplotlibrc(study: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It may ask for a font that is not there, of which matplotlib tells for every text."""
+    analysis = analysed(study)
+    plain = draw_all(analysis)
+    with rc_context({"font.family": "No Such Font", "font.size": 20, "axes.facecolor": "black"}):
+        assert [picture.data for picture in draw_all(analysis)] == [picture.data for picture in plain]
+    assert "findfont" not in caplog.text
 
 
 def test_of_many_cells_the_best_are_drawn_and_the_rest_is_counted(tmp_path: Path) -> None:

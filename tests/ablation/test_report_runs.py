@@ -208,6 +208,7 @@ def test_cells_are_the_recipes_that_differ(chosen: list[dict[str, Any]]) -> None
     runs = [
         RunFolder(
             folder=Path(f"/runs/{number}"),
+            path=Path(f"/runs/{number}"),
             name=str(number),
             status="done",
             reason="",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
+from functools import partial
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from hybridvl.ablation.placement.outcome import Outcome
-from hybridvl.ablation.report.style import COLOURS, FAINT, INK, figure, plain, tidy, title
+from hybridvl.ablation.report.style import COLOURS, FAINT, INK, figure, plain, png, tidy, title
 from hybridvl.ablation.statistics import Interval
 
 _UNITS = {"divergence": "KL to the teacher, nats", "cross_entropy": "cross-entropy, nats", "exact": "answers right"}
@@ -22,6 +23,10 @@ _OTHER = "#b9c3cf"
 
 def draw_outcome(outcome: Outcome) -> bytes:
     """A PNG file: a panel for each ranking of layers, and one for the candidates."""
+    return png(partial(_drawn, outcome))
+
+
+def _drawn(outcome: Outcome) -> Figure:
     ranked = [ranking for ranking in outcome.rankings if ranking.scores]
     heights = [2.2] * len(ranked) + [0.9 + 0.44 * len(outcome.candidates)]
     made = figure(8.2, 1.0 + sum(heights))
@@ -47,9 +52,7 @@ def draw_outcome(outcome: Outcome) -> bytes:
         f"Rankings over {outcome.ranked_on} samples, candidates over {outcome.samples} others; bars: means, lines: "
         "95 % intervals over samples.",
     )
-    data = io.BytesIO()
-    made.savefig(data, format="png")
-    return data.getvalue()
+    return made
 
 
 def _draw_candidates(axes: Axes, outcome: Outcome) -> None:

@@ -101,7 +101,7 @@ def analyse(
     orders = {axis: labels for study in studies for axis, labels in study.orders.items()}
     cells, notes = group(runs, orders)
     notes += [line for study in studies for line in study.best_trial(cells)]
-    warnings = [*collected.problems, *(f"{run.folder}: {problem}" for run in runs for problem in run.problems)]
+    warnings = [*collected.problems, *(f"{run.path}: {problem}" for run in runs for problem in run.problems)]
     warnings += unlike(cells)
     tune = dict(settings.tune) or {axis: tag for study in studies for axis, tag in study.tune.items()}
     if settings.tune or set(tune.values()) <= set(logged_metrics(runs)):

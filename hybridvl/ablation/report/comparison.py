@@ -62,10 +62,9 @@ def _run(path: str | Path) -> RunFolder:
     folder = usable_path(path)
     if not folder.is_dir():
         raise ConfigError(f"{path}: no such folder; expected a run folder, such as runs/digits/version_0")
-    folder = folder.absolute()
     if not (folder / _CONFIG).is_file():
         inside = sorted(found.parent for found in (*folder.glob(f"*/{_CONFIG}"), *folder.glob(f"*/*/{_CONFIG}")))
-        hint = f"; there are {', '.join(str(Path(path) / run.relative_to(folder)) for run in inside[:4])}"
+        hint = f"; there are {', '.join(map(str, inside[:4]))}"
         more = " and others" if len(inside) > 4 else ""
         raise ConfigError(f"{path}: no {_CONFIG} in it; expected a run folder{hint + more if inside else ''}")
     run = read_run(folder, os.listdir(folder), Cache())

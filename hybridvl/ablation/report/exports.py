@@ -32,7 +32,7 @@ def runs_csv(analysis: Analysis) -> str:
             seed = "" if run.seed is None else run.seed
             ends = [seed, run.status, run.reason, "yes" if id(run) in used else "no"]
             metrics = [run.metrics.get(name, "") for name in analysis.logged]
-            rows.append([str(run.folder), cell.name, *own, *ends, *facts, *metrics])
+            rows.append([str(run.path), cell.name, *own, *ends, *facts, *metrics])
     return _csv([*head, *analysis.logged], rows)
 
 
@@ -60,7 +60,7 @@ def to_json(analysis: Analysis, figures: Sequence[str] = ()) -> str:
             {
                 "name": cell.name,
                 "labels": dict(cell.labels),
-                "runs": [str(run.folder) for run in cell.runs],
+                "runs": [str(run.path) for run in cell.runs],
                 "baseline": None if baseline is None else analysis.cells[baseline].name,
                 "costs": asdict(analysis.costs[index]),
                 "metrics": {name: result for name, result in results.items() if result["values"]},
@@ -73,7 +73,7 @@ def to_json(analysis: Analysis, figures: Sequence[str] = ()) -> str:
         "claims": [{**asdict(claim), "verdict": claim.verdict} for claim in analysis.claims],
         "cells": cells,
         "runs": [_run(run) for run in analysis.runs],
-        "left_out": [{"run": str(run.folder), "reason": reason} for run, reason in analysis.left_out],
+        "left_out": [{"run": str(run.path), "reason": reason} for run, reason in analysis.left_out],
         "notes": list(analysis.notes),
         "warnings": list(analysis.warnings),
         "figures": list(figures),
@@ -94,7 +94,7 @@ def _json_lines(content: Mapping[str, Any]) -> str:
 
 def _run(run: RunFolder) -> dict[str, Any]:
     return {
-        "folder": str(run.folder),
+        "folder": str(run.path),
         "status": run.status,
         "reason": run.reason,
         "seed": run.seed,

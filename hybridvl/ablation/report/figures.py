@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from matplotlib.figure import Figure
 
@@ -13,6 +13,7 @@ from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.cell_pictures import draw_cells, draw_differences
 from hybridvl.ablation.report.cost_pictures import draw_growth, draw_pareto
 from hybridvl.ablation.report.curve_pictures import draw_curves, draw_slices
+from hybridvl.ablation.report.style import png
 
 _DRAWINGS: Sequence[tuple[str, str, Callable[[Analysis, str], Figure | None]]] = (
     ("cells", "{metric} of every cell with intervals and single seeds", draw_cells),
@@ -46,16 +47,9 @@ def draw_all(analysis: Analysis) -> list[Picture]:
     for metric in analysis.metrics:
         start = re.sub(r"[^A-Za-z0-9._-]+", "-", metric)
         for name, shows, draw in _DRAWINGS:
-            made = draw(analysis, metric)
-            if made is not None:
-                found.append(Picture(f"{start}-{name}.png", metric, shows.format(metric=metric), _png(made)))
-    made = draw_growth(analysis, analysis.metrics[0]) if analysis.metrics else None
-    if made is not None:
-        found.append(Picture("growth.png", "", "state and decode latency against the number of tokens", _png(made)))
-    return found
-
-
-def _png(made: Figure) -> bytes:
-    data = io.BytesIO()
-    made.savefig(data, format="png")
-    return data.getvalue()
+            data = png(partial(draw, analysis, metric))
+            found.append(Picture(f"{start}-{name}.png", metric, shows.format(metric=metric), data))
+    if analysis.metrics:
+        data = png(partial(draw_growth, analysis, analysis.metrics[0]))
+        found.append(Picture("growth.png", "", "state and decode latency against the number of tokens", data))
+    return [picture for picture in found if picture.data]

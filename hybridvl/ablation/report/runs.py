@@ -27,6 +27,8 @@ class RunFolder:
 
     Attributes:
         folder: of the run; it is not there for a fit that was refused.
+        path: the same as reports write it, by the path that a person gave: one that does not name the machine's folders
+            stays true where the runs are moved or the report is handed on.
         name: its folder as seen from the folder that all runs of a report share.
         status: "done", "pruned", "failed", "killed" or "unfinished".
         reason: why it is not done, for people; "" for one that is.
@@ -44,6 +46,7 @@ class RunFolder:
     """
 
     folder: Path
+    path: Path
     name: str
     status: str
     reason: str
@@ -96,16 +99,20 @@ def collect(paths: Sequence[str | Path], cache: Cache) -> Collected:
         top = usable_path(path)
         if not top.is_dir():
             raise ConfigError(f"{path}: no such folder; expected run folders, or folders with runs in them")
-        found = walked(top.absolute())
+        above = top.absolute()
+        found = walked(above)
         if not found.runs:
             raise ConfigError(f"{path}: no run in it; expected folders with config.yaml, as hybridvl fit leaves them")
-        problems += [f"{stray}: its {_CONFIG} or metrics lie above runs, and are of none" for stray in found.stray]
+        problems += [
+            f"{top / stray.relative_to(above)}: its {_CONFIG} or metrics lie above runs, and are of none"
+            for stray in found.stray
+        ]
         for folder, files in found.runs.items():
-            runs.setdefault(folder.resolve(), read_run(folder, files, cache))
+            runs.setdefault(folder.resolve(), read_run(top / folder.relative_to(above), files, cache))
         for folder in found.studies:
             study = cache.content(folder / STUDY)
             if study is not None and study.problem:
-                problems.append(f"{folder / STUDY}: {study.problem}")
+                problems.append(f"{top / folder.relative_to(above) / STUDY}: {study.problem}")
             elif study is not None:
                 studies[folder] = study.values
     shared = Path(os.path.commonpath([run.folder.parent for run in runs.values()]))
@@ -114,14 +121,15 @@ def collect(paths: Sequence[str | Path], cache: Cache) -> Collected:
     return Collected(named, studies, tuple(dict.fromkeys(problems)))
 
 
-def read_run(folder: Path, files: Sequence[str], cache: Cache) -> RunFolder:
-    """One run from its folder, whose file names are given, and the records beside it."""
+def read_run(path: Path, files: Sequence[str], cache: Cache) -> RunFolder:
+    """One run from its folder by the path that a person gave, with its file names, and the records beside it."""
+    folder = path.absolute()
     problems: list[str] = []
 
-    def values(path: Path) -> dict[str, Any]:
-        content = cache.content(path)
+    def values(file: Path) -> dict[str, Any]:
+        content = cache.content(file)
         if content is not None and content.problem:
-            problems.append(f"{path.name}: {content.problem}")
+            problems.append(f"{file.name}: {content.problem}")
         return {} if content is None else content.values
 
     config, summary = values(folder / _CONFIG), values(folder / "metrics.json")
@@ -148,6 +156,7 @@ def read_run(folder: Path, files: Sequence[str], cache: Cache) -> RunFolder:
         status, reason = "pruned", str(pruned.get("reason"))
     return RunFolder(
         folder=folder,
+        path=path,
         name="/".join(folder.parts[-2:]),
         status=status,
         reason=reason,

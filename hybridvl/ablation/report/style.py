@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import matplotlib.style
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -19,6 +21,20 @@ COLOURS = (
 MARKERS = "osD^vPX<>*"
 _LETTERS = 15  # of the smallest size, an inch
 LINES = len(COLOURS)  # more cells than this cannot be told apart by colour
+
+
+def png(draw: Callable[[], Figure | None]) -> bytes:
+    """What a function draws as a PNG file; b"" where it draws nothing.
+
+    It is alike on every machine: a person's matplotlibrc may ask for fonts that are not there, or for LaTeX, both when
+    a figure is made and when it is saved.
+    """
+    data = io.BytesIO()
+    with matplotlib.style.context("default"):
+        made = draw()
+        if made is not None:
+            made.savefig(data, format="png")
+    return data.getvalue()
 
 
 def figure(width: float, height: float) -> Figure:
