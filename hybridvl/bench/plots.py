@@ -7,23 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, ScalarFormatter
 
 from hybridvl.bench.report import Record
+from hybridvl.pictures import GRID, INK, default_style, figure
 from hybridvl.plan.units import tokens
 
 _COLOURS = ("#2f6690", "#c8553d", "#e9a23b", "#3a9679", "#7d5ba6", "#6b705c")
-_INK, _GRID = "#22252b", "#e5e7eb"
 
 
+@default_style()
 def draw_growth(records: Sequence[Record], letter: str, title: str, path: Path) -> None:
     """Write a PNG: time with its quartiles, and scratch memory where it was measured, against the size `letter`."""
-    figure = Figure(figsize=(11, 4.6), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=11, color=_INK)
-    time, memory = figure.subplots(1, 2)
+    made = figure(11, 4.6)
+    made.suptitle(title, fontsize=11, color=INK)
+    time, memory = made.subplots(1, 2)
     lengths = sorted({int(record["sizes"][letter]) for record in records})
     several = len({record["direction"] for record in records}) > 1
     lines: dict[str, list[tuple[int, dict[str, Any]]]] = {}
@@ -45,22 +43,22 @@ def draw_growth(records: Sequence[Record], letter: str, title: str, path: Path) 
             memory.plot(*zip(*held, strict=True), marker="o", markersize=4, color=colour, label=name)
     _length_axes(time, lengths, "ms")
     _length_axes(memory, lengths, "MB of memory beside the results")
-    figure.savefig(path, format="png")
+    made.savefig(path, format="png")
 
 
+@default_style()
 def draw_ratios(records: Sequence[Record], title: str, path: Path) -> None:
     """Write a PNG: the ratio of every other side's time to ours with its interval, and the goals."""
     rows = [(record, name, ratio) for record in records for name, ratio in record["ratios"].items()][::-1]
-    figure = Figure(figsize=(11, 0.32 * len(rows) + 1.4), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    made = figure(11, 0.32 * len(rows) + 1.4)
+    axes = made.subplots()
     for place, (record, name, ratio) in enumerate(rows):
         goal = record["goal"] if name == record["goal_peer"] else None
         colour = _COLOURS[5] if goal is None else _COLOURS[0 if ratio["median"] >= goal else 1]
         axes.barh(place, ratio["median"], color=colour, height=0.6)
-        axes.plot([ratio["low"], ratio["high"]], [place, place], color=_INK, linewidth=1)
+        axes.plot([ratio["low"], ratio["high"]], [place, place], color=INK, linewidth=1)
         if goal is not None:
-            axes.plot([goal, goal], [place - 0.4, place + 0.4], color=_INK, linewidth=2)
+            axes.plot([goal, goal], [place - 0.4, place + 0.4], color=INK, linewidth=2)
     axes.set_yticks(range(len(rows)), [f"{record['title']} / {name}" for record, name, _ in rows], fontsize=7)
     axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.set_xscale("log")
@@ -68,12 +66,12 @@ def draw_ratios(records: Sequence[Record], title: str, path: Path) -> None:
     axes.set_xticks([tick for tick in (0.1, 0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100) if low <= tick <= high])
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.axvline(1, color=_INK, linewidth=0.8)
-    axes.grid(axis="x", color=_GRID)
+    axes.axvline(1, color=INK, linewidth=0.8)
+    axes.grid(axis="x", color=GRID)
     axes.set_axisbelow(True)
-    axes.set_xlabel("time of the other side / ours; thick marks are goals", color=_INK)
-    axes.set_title(title, fontsize=11, color=_INK)
-    figure.savefig(path, format="png")
+    axes.set_xlabel("time of the other side / ours; thick marks are goals", color=INK)
+    axes.set_title(title, fontsize=11, color=INK)
+    made.savefig(path, format="png")
 
 
 def _length_axes(axes: Axes, lengths: Sequence[int], label: str) -> None:
@@ -84,6 +82,6 @@ def _length_axes(axes: Axes, lengths: Sequence[int], label: str) -> None:
     axes.set_xticks(list(lengths))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: tokens(int(x))))
-    axes.set_xlabel("tokens", color=_INK)
-    axes.set_ylabel(label, color=_INK)
-    axes.grid(color=_GRID)
+    axes.set_xlabel("tokens", color=INK)
+    axes.set_ylabel(label, color=INK)
+    axes.grid(color=GRID)

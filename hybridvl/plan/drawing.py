@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from hybridvl.pattern.canonical import period
+from hybridvl.pictures import FAINT, GRID, INK, default_style, figure, plain
 from hybridvl.plan.costs import Plan
 from hybridvl.plan.units import parameters, tokens, with_prefix
 
@@ -31,7 +31,6 @@ _PARTS = {
     "norms": ("norms", "#9a9a9a"),
     "mixers": ("mixers", "#2b2d42"),
 }
-_INK, _FAINT, _GRID = "#22252b", "#6b7280", "#e5e7eb"
 _LABEL_POINTS = 12  # least distance of labels
 _LEAST_SHARE = 0.002  # of the parameters: smaller parts cannot be seen
 
@@ -43,33 +42,33 @@ _PANEL_TITLE, _BAR, _PANEL_FOOT, _LEAST_PANEL = 0.5, 0.62, 0.8, 2.2
 _LEAST_PER_ROW, _PER_ROW, _MOST_ROWS = 16, 72, 8  # layers in a row of a strip; beyond 8 rows they become thinner
 
 
+@default_style()
 def draw(plans: Sequence[Plan], path: Path | BinaryIO) -> None:
     """Write a PNG of one or several patterns, planned for the same contexts, to a path or an open file."""
     span = max(_per_row(plan) for plan in plans)
     strips = [_HEAD + _ROW * _rows(plan, span) + _FOOT for plan in plans]
     panel = max(_BAR * len(plans), _LEAST_PANEL)
     height = _LEGEND + sum(strips) + _PANEL_TITLE + panel + _PANEL_FOOT
-    figure = Figure(figsize=(_WIDTH, height), dpi=150, facecolor="white")
-    FigureCanvasAgg(figure)
+    made = figure(_WIDTH, height, layout=None)
     colours = _colours(plans)
     inner = _WIDTH - 2 * _MARGIN
     top = 0.1
-    _legend(_place(figure, _MARGIN, top, inner, _LEGEND), colours)
+    _legend(_place(made, _MARGIN, top, inner, _LEGEND), colours)
     top += _LEGEND
     for number, (plan, strip) in enumerate(zip(plans, strips, strict=True), start=1):
-        axes = _place(figure, _MARGIN, top, inner, strip)
+        axes = _place(made, _MARGIN, top, inner, strip)
         _strip(axes, plan, colours, span, _numbered(plan, number, plans, 100))
         top += strip
     top += _PANEL_TITLE - 0.1
-    _params_panel(_place(figure, _MARGIN, top, 5.6, panel), plans)
-    _state_panel(_place(figure, _MARGIN + 6.6, top, inner - 7.1, panel), plans)
-    figure.savefig(path, format="png")
+    _params_panel(_place(made, _MARGIN, top, 5.6, panel), plans)
+    _state_panel(_place(made, _MARGIN + 6.6, top, inner - 7.1, panel), plans)
+    made.savefig(path, format="png")
 
 
-def _place(figure: Figure, left: float, top: float, width: float, height: float) -> Axes:
+def _place(made: Figure, left: float, top: float, width: float, height: float) -> Axes:
     """Axes at a place in inches from the upper left."""
-    across, down = figure.get_size_inches()
-    return figure.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
+    across, down = made.get_size_inches()
+    return made.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
 
 
 def _per_row(plan: Plan) -> int:
@@ -117,7 +116,7 @@ def _legend(axes: Axes, colours: dict[str, str]) -> None:
         fontsize=11,
         handlelength=1.1,
         handleheight=1.1,
-        labelcolor=_INK,
+        labelcolor=INK,
     )
 
 
@@ -136,13 +135,13 @@ def _strip(axes: Axes, plan: Plan, colours: dict[str, str], span: int, title: st
             axes.add_patch(Rectangle(corner, 1 - gap, height, facecolor=colours[text], linewidth=0))
     if rows == 1:
         for index in range(0, len(plan.layers), 4 * -(-span // _PER_ROW)):
-            axes.text(index + (1 - gap) / 2, -1.12, str(index), fontsize=8, color=_FAINT, ha="center", va="center")
+            axes.text(index + (1 - gap) / 2, -1.12, str(index), fontsize=8, color=FAINT, ha="center", va="center")
     last = plan.contexts[-1]
     flops, state = with_prefix(plan.decode_flops(last), "FLOPs"), with_prefix(plan.state_bytes(last), "B")
     size = f"{len(plan.layers)} layers   ·   {parameters(plan.total_params)} parameters"
     summary = f"{size}   ·   at {last:,} tokens: {flops} per token, {state} of state"
-    axes.text(0, 1.08, title, fontsize=13, fontweight="bold", color=_INK, va="center")
-    axes.text(0, 0.4, summary, fontsize=10, color=_FAINT, va="center")
+    axes.text(0, 1.08, title, fontsize=13, fontweight="bold", color=INK, va="center")
+    axes.text(0, 0.4, summary, fontsize=10, color=FAINT, va="center")
 
 
 def _params_panel(axes: Axes, plans: Sequence[Plan]) -> None:
@@ -154,15 +153,15 @@ def _params_panel(axes: Axes, plans: Sequence[Plan]) -> None:
         for part, (_, colour) in _PARTS.items():
             axes.barh(place + 0.72, plan.params[part], left=end, height=0.4, color=colour)
             end += plan.params[part]
-        axes.text(end + most * 0.012, place + 0.73, parameters(end), va="center", fontsize=9.5, color=_INK)
+        axes.text(end + most * 0.012, place + 0.73, parameters(end), va="center", fontsize=9.5, color=INK)
         name = _numbered(plan, place + 1, plans, 70)
-        axes.text(0, place + 0.34, name, va="center", fontsize=9.5, color=_INK)
+        axes.text(0, place + 0.34, name, va="center", fontsize=9.5, color=INK)
     axes.set_xlim(0, most * 1.13)
     axes.set_ylim(max(len(plans), _LEAST_PANEL / _BAR), 0)
     axes.set_yticks([])
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: parameters(value)))
-    axes.grid(axis="x", color=_GRID)
+    axes.grid(axis="x", color=GRID)
     visible = [
         Patch(facecolor=colour, label=name)
         for part, (name, colour) in _PARTS.items()
@@ -175,7 +174,7 @@ def _params_panel(axes: Axes, plans: Sequence[Plan]) -> None:
         ncols=6,
         frameon=False,
         fontsize=9,
-        labelcolor=_INK,
+        labelcolor=INK,
         handlelength=1.0,
         columnspacing=1.2,
     )
@@ -202,8 +201,8 @@ def _state_panel(axes: Axes, plans: Sequence[Plan]) -> None:
     axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 3.0)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: with_prefix(value, "B")))
-    axes.set_xlabel("tokens of context", fontsize=9.5, color=_FAINT)
-    axes.grid(color=_GRID)
+    axes.set_xlabel("tokens of context", fontsize=9.5, color=FAINT)
+    axes.grid(color=GRID)
 
 
 def _label_ends(axes: Axes, last: int, ends: dict[int, list[str]]) -> None:
@@ -222,14 +221,14 @@ def _label_ends(axes: Axes, last: int, ends: dict[int, list[str]]) -> None:
             va="center",
             fontsize=10,
             fontweight="bold",
-            color=_INK,
+            color=INK,
         )
 
 
 def _dress(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=_INK, pad=8)
+    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color=INK, pad=8)
     axes.set_axisbelow(True)
-    axes.tick_params(length=0, labelsize=9.5, labelcolor=_FAINT)
+    axes.tick_params(length=0, labelsize=9.5, labelcolor=FAINT)
     for side in axes.spines.values():
         side.set_visible(False)
 
@@ -240,5 +239,4 @@ def _numbered(plan: Plan, number: int, plans: Sequence[Plan], most: int) -> str:
 
 
 def _shortened(text: str, most: int) -> str:
-    # A dollar sign would start a formula.
-    return (text if len(text) <= most else f"{text[: most - 3]}...").replace("$", r"\$")
+    return plain(text if len(text) <= most else f"{text[: most - 3]}...")

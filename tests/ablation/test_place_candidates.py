@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
+from strange_style import strange_style
 
 from hybridvl.ablation.placement.candidates import (
     Budget,
@@ -207,4 +208,7 @@ def test_candidates_are_compared_pair_by_pair(metric: str) -> None:
     sets_alone = compare(told, rankings[2:], {rankings[2].chosen(2): ["beam"]}, layers, plans, 7)
     assert len(sets_alone.candidates) == 1
     for drawn in (outcome, sets_alone):
-        assert draw_outcome(drawn).startswith(b"\x89PNG")
+        picture = draw_outcome(drawn)
+        assert picture.startswith(b"\x89PNG")
+        with strange_style():
+            assert draw_outcome(drawn) == picture

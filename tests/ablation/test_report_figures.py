@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib import rc_context
 from matplotlib.image import imread
 from report_runs import recipe, write_run, write_study
 from scipy import stats
+from strange_style import strange_style
 
 from hybridvl.ablation.report.analysis import Analysis, analyse
 from hybridvl.ablation.report.cache import Cache
@@ -270,10 +270,9 @@ def test_pictures_are_readable_files(study: Path, tmp_path: Path) -> None:
 
 
 def test_pictures_do_not_depend_on_a_matplotlibrc(study: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """It may ask for a font that is not there, of which matplotlib tells for every text."""
     analysis = analysed(study)
     plain = draw_all(analysis)
-    with rc_context({"font.family": "No Such Font", "font.size": 20, "axes.facecolor": "black"}):
+    with strange_style():
         assert [picture.data for picture in draw_all(analysis)] == [picture.data for picture in plain]
     assert "findfont" not in caplog.text
 

@@ -19,7 +19,7 @@ LEVELS = [
     {"layers.ops"},
     {"layers"},
     {"pattern", "models", "testing"},
-    {"checkpoints"},
+    {"checkpoints", "pictures"},
     {"data", "hf", "plan"},
     {"inference", "conversion"},
     {"training"},

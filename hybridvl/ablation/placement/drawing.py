@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from hybridvl.ablation.placement.outcome import Outcome
-from hybridvl.ablation.report.style import COLOURS, FAINT, INK, figure, plain, png, tidy, title
+from hybridvl.ablation.report.style import COLOURS, tidy, title
 from hybridvl.ablation.statistics import Interval
+from hybridvl.pictures import FAINT, INK, default_style, figure, plain, png
 
 _UNITS = {"divergence": "KL to the teacher, nats", "cross_entropy": "cross-entropy, nats", "exact": "answers right"}
 _SHOWS = {
@@ -21,12 +20,9 @@ _SHOWS = {
 _OTHER = "#b9c3cf"
 
 
+@default_style()
 def draw_outcome(outcome: Outcome) -> bytes:
     """A PNG file: a panel for each ranking of layers, and one for the candidates."""
-    return png(partial(_drawn, outcome))
-
-
-def _drawn(outcome: Outcome) -> Figure:
     ranked = [ranking for ranking in outcome.rankings if ranking.scores]
     heights = [2.2] * len(ranked) + [0.9 + 0.44 * len(outcome.candidates)]
     made = figure(8.2, 1.0 + sum(heights))
@@ -52,7 +48,7 @@ def _drawn(outcome: Outcome) -> Figure:
         f"Rankings over {outcome.ranked_on} samples, candidates over {outcome.samples} others; bars: means, lines: "
         "95 % intervals over samples.",
     )
-    return made
+    return png(made)
 
 
 def _draw_candidates(axes: Axes, outcome: Outcome) -> None:

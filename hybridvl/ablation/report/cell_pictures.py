@@ -13,9 +13,10 @@ from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.guessing import guessing
 from hybridvl.ablation.report.metrics import direction, is_share, metric_label
 from hybridvl.ablation.report.naming import cell_names, shared_labels, shown_cells
-from hybridvl.ablation.report.style import COLOURS, FAINT, INK, figure, limits, plain, tidy, title
+from hybridvl.ablation.report.style import COLOURS, limits, tidy, title
 from hybridvl.ablation.report.wording import probability, with_interval
 from hybridvl.ablation.statistics import Interval
+from hybridvl.pictures import FAINT, INK, figure, plain
 
 _ROWS = 40  # cells in a picture that has a row for each
 _SIGNIFICANT = 0.05

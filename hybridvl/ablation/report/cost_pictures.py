@@ -16,21 +16,9 @@ from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.cells import CellRuns
 from hybridvl.ablation.report.metrics import is_cost, is_share, metric_label
 from hybridvl.ablation.report.naming import cell_names, shared_labels, shown_cells
-from hybridvl.ablation.report.style import (
-    COLOURS,
-    FAINT,
-    INK,
-    LINES,
-    MARKERS,
-    figure,
-    legend,
-    legend_height,
-    limits,
-    plain,
-    tidy,
-    title,
-)
+from hybridvl.ablation.report.style import COLOURS, LINES, MARKERS, legend, legend_height, limits, tidy, title
 from hybridvl.ablation.statistics import pareto_front
+from hybridvl.pictures import FAINT, INK, figure, plain
 from hybridvl.plan.units import parameters, tokens, with_prefix
 
 _LISTED = 12  # cells on fronts that are named, of many

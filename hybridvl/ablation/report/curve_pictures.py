@@ -19,20 +19,9 @@ from hybridvl.ablation.report.guessing import guessing
 from hybridvl.ablation.report.metrics import is_share, metric_label
 from hybridvl.ablation.report.naming import cell_names, shared_labels, shown_cells
 from hybridvl.ablation.report.slices import Slices, slices_of
-from hybridvl.ablation.report.style import (
-    COLOURS,
-    INK,
-    LINES,
-    MARKERS,
-    figure,
-    legend,
-    legend_height,
-    limits,
-    plain,
-    tidy,
-    title,
-)
+from hybridvl.ablation.report.style import COLOURS, LINES, MARKERS, legend, legend_height, limits, tidy, title
 from hybridvl.ablation.statistics import mean_interval
+from hybridvl.pictures import INK, figure, plain
 
 _POINTS = 120  # of a line with a band
 _GUESSING = "guessing"

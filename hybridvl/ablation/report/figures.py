@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from matplotlib.figure import Figure
 
@@ -13,7 +12,7 @@ from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.cell_pictures import draw_cells, draw_differences
 from hybridvl.ablation.report.cost_pictures import draw_growth, draw_pareto
 from hybridvl.ablation.report.curve_pictures import draw_curves, draw_slices
-from hybridvl.ablation.report.style import png
+from hybridvl.pictures import default_style, png
 
 _DRAWINGS: Sequence[tuple[str, str, Callable[[Analysis, str], Figure | None]]] = (
     ("cells", "{metric} of every cell with intervals and single seeds", draw_cells),
@@ -41,15 +40,15 @@ class Picture:
     data: bytes
 
 
+@default_style()
 def draw_all(analysis: Analysis) -> list[Picture]:
     """Every picture that there is something to show in, in the order of the report."""
     found = []
     for metric in analysis.metrics:
         start = re.sub(r"[^A-Za-z0-9._-]+", "-", metric)
         for name, shows, draw in _DRAWINGS:
-            data = png(partial(draw, analysis, metric))
-            found.append(Picture(f"{start}-{name}.png", metric, shows.format(metric=metric), data))
-    if analysis.metrics:
-        data = png(partial(draw_growth, analysis, analysis.metrics[0]))
-        found.append(Picture("growth.png", "", "state and decode latency against the number of tokens", data))
-    return [picture for picture in found if picture.data]
+            if (made := draw(analysis, metric)) is not None:
+                found.append(Picture(f"{start}-{name}.png", metric, shows.format(metric=metric), png(made)))
+    if analysis.metrics and (made := draw_growth(analysis, analysis.metrics[0])) is not None:
+        found.append(Picture("growth.png", "", "state and decode latency against the number of tokens", png(made)))
+    return found

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.labels import short_names
 from hybridvl.ablation.report.metrics import direction
-from hybridvl.ablation.report.style import plain
+from hybridvl.pictures import plain
 
 _NAME_WIDTH = 44  # characters of a name in a picture
 

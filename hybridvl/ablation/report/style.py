@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-import matplotlib.style
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-INK, FAINT, GRID = "#22252b", "#6b7280", "#e5e7eb"
+from hybridvl.pictures import FAINT, GRID, INK, plain
+
 COLOURS = (
     *("#2f6690", "#c8553d", "#3a9679", "#e9a23b", "#7d5ba6"),
     *("#d0699a", "#4aa3b8", "#8a6d4b", "#8fa32f", "#5b6470"),
@@ -21,27 +19,6 @@ COLOURS = (
 MARKERS = "osD^vPX<>*"
 _LETTERS = 15  # of the smallest size, an inch
 LINES = len(COLOURS)  # more cells than this cannot be told apart by colour
-
-
-def png(draw: Callable[[], Figure | None]) -> bytes:
-    """What a function draws as a PNG file; b"" where it draws nothing.
-
-    It is alike on every machine: a person's matplotlibrc may ask for fonts that are not there, or for LaTeX, both when
-    a figure is made and when it is saved.
-    """
-    data = io.BytesIO()
-    with matplotlib.style.context("default"):
-        made = draw()
-        if made is not None:
-            made.savefig(data, format="png")
-    return data.getvalue()
-
-
-def figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches."""
-    made = Figure(figsize=(width, height), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(made)
-    return made
 
 
 def tidy(axes: Axes, grid: str = "both") -> None:
@@ -83,11 +60,6 @@ def legend(made: Figure, panels: Iterable[Axes], heading: str, names: Sequence[s
     )
     if heading:
         made_legend.set_title(plain(heading))
-
-
-def plain(text: str) -> str:
-    """A text that matplotlib takes as it is."""
-    return text.replace("$", r"\$")
 
 
 def limits(values: Sequence[float], ends: Sequence[float], share: bool, floor: bool = False) -> tuple[float, float]:

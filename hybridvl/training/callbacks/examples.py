@@ -85,25 +85,27 @@ def draw(image: NDArray[np.uint8] | None, question: str, reply: str, answer: str
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=INCHES, dpi=DPI)
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.02, 0.34, 0.96, 0.64))
-    axes.set_axis_off()
-    if image is not None:
-        axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+    from hybridvl.pictures import default_style, plain
+
     right = reply.strip() == answer.strip()
     lines = [
         (f"Q: {question}", "black"),
         (f"model: {reply}", "darkgreen" if right else "firebrick"),
         (f"right: {answer}", "black"),
     ]
-    height = 0.32
-    for text, colour in lines:
-        printable = "".join(c if c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
-        wrapped = textwrap.wrap(printable.replace("$", r"\$"), 52)[:3]
-        figure.text(0.03, height, "\n".join(wrapped), color=colour, fontsize=8, va="top", family="monospace")
-        height -= 0.035 * len(wrapped) + 0.01
-    with warnings.catch_warnings():
+    with default_style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # a script that the font lacks is drawn as boxes
+        figure = Figure(figsize=INCHES, dpi=DPI)
+        canvas = FigureCanvasAgg(figure)
+        axes = figure.add_axes((0.02, 0.34, 0.96, 0.64))
+        axes.set_axis_off()
+        if image is not None:
+            axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=255)
+        height = 0.32
+        for text, colour in lines:
+            printable = "".join(c if c.isprintable() or c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
+            wrapped = textwrap.wrap(plain(printable), 52)[:3]
+            figure.text(0.03, height, "\n".join(wrapped), color=colour, fontsize=8, va="top", family="monospace")
+            height -= 0.035 * len(wrapped) + 0.01
         canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
