@@ -52,6 +52,13 @@ def explain(message: str, parser: ArgumentParser, files: Iterable[Path] = (), fl
     return _CLASS.sub(r"\1", f"{key}: {_reason(match['reason'])}")
 
 
+def mistake_behind(error: BaseException | None) -> ConfigError | None:
+    """The ConfigError behind an error: where a type is optional, jsonargparse wraps what the constructor raised."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def with_path(error: ConfigError) -> str:
     """The message with the path of the recipe's section in front, where a part of the model only knows its own name."""
     message = str(error)

@@ -13,6 +13,7 @@ from typing import Any
 
 from hybridvl.ablation.recipes import merged_recipe, recipe_context
 from hybridvl.checkpoints import save
+from hybridvl.cli.messages import mistake_behind, with_path
 from hybridvl.cli.recipe_check import check_fit
 from hybridvl.cli.training import TrainingCLI
 from hybridvl.data.module import ChatDataModule
@@ -89,7 +90,10 @@ class Laboratory:
         try:
             built = _Built(arguments[0], arguments[1:])
         except ValueError as error:
-            raise _mistake(error) or error from error
+            mistake = mistake_behind(error)
+            if mistake is None:
+                raise
+            raise ConfigError(with_path(mistake)) from error
         assert isinstance(built.model, LayerDistillation)
         self._trainer, self._data = built.trainer, built.datamodule
         check_agreement(built.model.config, self._data)
@@ -128,10 +132,3 @@ class Laboratory:
 
 def _launch(arguments: list[str]) -> Ended:
     return run_process([sys.executable, "-m", "hybridvl", *arguments])
-
-
-def _mistake(error: BaseException | None) -> ConfigError | None:
-    """The ConfigError that jsonargparse has wrapped."""
-    while error is not None and not isinstance(error, ConfigError):
-        error = error.__cause__ or error.__context__
-    return error

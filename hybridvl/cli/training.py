@@ -25,7 +25,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
-from hybridvl.cli.messages import explain, with_path
+from hybridvl.cli.messages import explain, mistake_behind, with_path
 from hybridvl.cli.mixer_flags import merge_mixer_flags
 from hybridvl.cli.run_config import RunConfig
 from hybridvl.cli.stages import net_of_source, stage_class, stage_name
@@ -51,7 +51,7 @@ from hybridvl.training.callbacks.throughput import Throughput
 from hybridvl.training.checkpoints.files import AtomicCheckpointIO
 from hybridvl.training.checkpoints.shards import is_sharded_checkpoint
 from hybridvl.training.memory import is_out_of_memory, memory_message
-from hybridvl.training.trainer import is_dry_run, run_folder
+from hybridvl.training.trainer import callback_of, is_dry_run, run_folder
 
 DESCRIPTIONS = {
     "fit": "Train a model from a recipe, test it, and leave a run folder: hybridvl fit --config recipes/digits.yaml",
@@ -221,7 +221,7 @@ class TrainingCLI(LightningCLI):
         try:
             trainer = super().instantiate_trainer(**given)
         except ValueError as error:
-            raise _mistake(error) or ConfigError(f"trainer: {str(error).strip().splitlines()[0]}") from error
+            raise mistake_behind(error) or ConfigError(f"trainer: {str(error).strip().splitlines()[0]}") from error
         self._share_version(trainer)
         return trainer
 
@@ -320,7 +320,9 @@ class TrainingCLI(LightningCLI):
             print("\n".join(self._summary().lines(self.trainer)))
 
     def _summary(self) -> RunSummary:
-        return next(c for c in self.trainer.callbacks if isinstance(c, RunSummary))  # type: ignore[attr-defined]
+        summary = callback_of(self.trainer, RunSummary)
+        assert summary is not None
+        return summary
 
 
 def main(argv: Sequence[str]) -> int:
@@ -342,7 +344,7 @@ def main(argv: Sequence[str]) -> int:
     except MisconfigurationException as error:
         raise ConfigError(f"trainer: {str(error).strip().splitlines()[0]}") from error
     except ValueError as error:
-        mistake = _mistake(error)
+        mistake = mistake_behind(error)
         if mistake is None:
             raise
         raise ConfigError(with_path(mistake)) from error
@@ -351,13 +353,6 @@ def main(argv: Sequence[str]) -> int:
         os.environ.pop(_VERSION, None)
         os.environ.pop(FIRST, None)
     return 0
-
-
-def _mistake(error: BaseException | None) -> ConfigError | None:
-    """The ConfigError behind an error: where a type is optional, jsonargparse wraps what the constructor raised."""
-    while error is not None and not isinstance(error, ConfigError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _report_in_thread(failed: threading.ExceptHookArgs) -> None:
