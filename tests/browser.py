@@ -16,7 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+NEEDS_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which is not installed here")
 QUIET = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"),
     *("--disable-sync", "--no-first-run", "--disable-dev-shm-usage"),
@@ -63,15 +66,24 @@ class Page:
         self._call("Page.navigate", {"url": address})
         until = time.monotonic() + seconds
         while True:
-            result = self._call("Runtime.evaluate", {"expression": TEXTS, "returnByValue": True})["result"]
-            found = result.get("value") or []
+            found = self._evaluated(TEXTS)["result"].get("value") or []  # none as long as there is no body
             if awaited <= set(found) or time.monotonic() > until:
                 return found
             time.sleep(0.3)
 
+    def evaluate(self, expression: str) -> Any:
+        """What an expression comes to in the page that is shown; of a promise, what it is kept with."""
+        answer = self._evaluated(expression)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
     def picture(self, path: Path) -> None:
         """What it looks like, as PNG."""
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", {})["data"]))
+
+    def _evaluated(self, expression: str) -> Any:
+        asked = {"expression": expression, "returnByValue": True, "awaitPromise": True}
+        return self._call("Runtime.evaluate", asked)
 
     def _call(self, method: str, parameters: dict[str, Any]) -> Any:
         number = next(self._numbers)

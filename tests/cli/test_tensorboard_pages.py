@@ -36,7 +36,6 @@ metrics: [test/exact, val/loss, val/cell_exact]
 RECIPE = "{run: {threads: 1}, trainer: {max_steps: 2, val_check_interval: 2}, examples: {count: 0}}"
 RUNS = {f"{cell}/seed_{seed}" for cell in ("ratio=0,window=8", "ratio=1-2,window=16") for seed in (0, 1)}
 METRICS = ["test/exact", "val/loss", "val/cell_exact"]
-NEEDS_CHROMIUM = pytest.mark.skipif(browser.CHROMIUM is None, reason="needs Chromium, which is not installed here")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +103,7 @@ def test_hparams_have_the_runs_axes_and_metrics_and_nothing_else(address: str, s
         assert shown == {tag: pytest.approx(written[tag]) for tag in METRICS}
 
 
-@NEEDS_CHROMIUM
+@browser.NEEDS_CHROMIUM
 def test_the_pages_in_a_browser(address: str, tmp_path: Path) -> None:
     with browser.opened(tmp_path / "profile") as page:
         texts = page.texts(f"{address}#hparams", {"Show Metrics", *RUNS, *METRICS})
