@@ -13,10 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from hybridvl.checkpoints.files import write_json
+from hybridvl.checkpoints.files import read_record, write_json
 from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.processes import Ended
-from hybridvl.pipeline.records import read_record
 
 State = Literal["new", "stopped", "failed", "pruned", "done"]
 

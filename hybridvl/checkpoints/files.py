@@ -14,9 +14,8 @@ from typing import Any
 from hybridvl.layers import ConfigError
 
 _SHOWN = 120  # characters of a path that an error message repeats when the path is too long
-# What `write_files` writes under first: file, host, process. Other hosts may share the folder.
-_TEMPORARY = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<process>[1-9][0-9]{0,8})\.tmp", re.DOTALL)
 _HOST = re.sub(r"[^\w-]", "-", socket.gethostname())
+_TEMPORARY = re.compile(r"\..+\.(?P<host>[\w-]+)\.(?P<process>[1-9][0-9]{0,8})\.tmp", re.DOTALL)  # `temporary_path`
 
 
 def usable_path(path: str | Path) -> Path:
@@ -60,15 +59,15 @@ def parse_json(text: str, path: Path) -> dict[str, Any]:
 def write_files(
     folder: Path, files: Mapping[str, Callable[[Path], object]], stale: Iterable[str] = (), durable: bool = True
 ) -> None:
-    """Replace files of a folder: each is filled by its function under another name first, then all get their names.
+    """Replace files of a folder: each is filled by its function under `temporary_path` first, then all get their names.
 
     The data reach the disk before the names do, unless it is not to be `durable`: then a power cut may leave an empty
-    file. `stale` files go last. A name that is a link becomes a file of its
-    own: what the link points to stays as it is. Raises ConfigError when anything cannot be written: a full disk, or a
-    folder that has the name of a file, shows while no name has changed yet, and all files are as they were. What
-    processes that were killed while they wrote have left behind in the folder is removed.
+    file. `stale` files go last. A name that is a link becomes a file of its own: what the link points to stays as it
+    is. Raises ConfigError when anything cannot be written: a full disk, or a folder that has the name of a file, shows
+    while no name has changed yet, and all files are as they were. What processes that were killed while they wrote have
+    left behind in the folder is removed.
     """
-    temporary = {name: folder / f".{name}.{_HOST}.{os.getpid()}.tmp" for name in files}
+    temporary = {name: temporary_path(folder / name) for name in files}
     stale = list(stale)
     current = folder / next(iter(files))
     try:
@@ -101,6 +100,21 @@ def write_json(path: Path, content: Mapping[str, Any], durable: bool = True) -> 
     """Replace a JSON file, see `write_files`; what JSON has no words for becomes its text."""
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n"
     write_files(path.parent, {path.name: text_writer(text)}, durable=durable)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `write_json` has written; {} where nothing is, or what cannot be read, as a crash may leave it."""
+    if not path.is_file():
+        return {}
+    try:
+        return parse_json(read_text(path), path)
+    except ConfigError:
+        return {}
+
+
+def temporary_path(path: Path, host: str = _HOST, process: int | None = None) -> Path:
+    """Where a process, by default this one, writes a file until it is whole; other hosts may share the folder."""
+    return path.with_name(f".{path.name}.{host}.{os.getpid() if process is None else process}.tmp")
 
 
 def text_writer(text: str) -> Callable[[Path], object]:

@@ -8,9 +8,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hybridvl.checkpoints.files import parse_json, read_text, write_json
+from hybridvl.checkpoints.files import read_record, read_text, write_json
 from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.description import Stage
 from hybridvl.pipeline.mappings import read_mapping
@@ -101,13 +100,3 @@ def new_run(folder: Path) -> StageRun:
 def _numbers(folder: Path) -> set[int]:
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return {int(match["number"]) for match in map(_RECORD.fullmatch, names) if match is not None}
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """A record; {} where there is none, or one that cannot be read: then nothing is known of the run."""
-    if not path.is_file():
-        return {}
-    try:
-        return parse_json(read_text(path), path)
-    except ConfigError:
-        return {}

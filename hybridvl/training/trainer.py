@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+Kind = TypeVar("Kind", bound=Callback)
 
 
 def is_dry_run(trainer: Trainer) -> bool:
@@ -33,3 +36,14 @@ def logs_now(trainer: Trainer) -> bool:
 def logs_next(trainer: Trainer) -> bool:
     """Whether the optimizer step about to be done is one after which the trainer logs."""
     return (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+
+
+def callback_of(trainer: Trainer, kind: type[Kind]) -> Kind | None:
+    """The trainer's callback of a kind; None where it has none."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
+def validates_by_clock(trainer: Trainer) -> bool:
+    """Whether `trainer.val_check_interval` is a time."""
+    return trainer._val_check_time_interval is not None  # type: ignore[attr-defined]

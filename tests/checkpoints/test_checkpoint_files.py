@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +18,15 @@ from safetensors.torch import load_file, save_file
 
 import hybridvl
 from hybridvl.checkpoints import load_weights, open_checkpoint, read_config
-from hybridvl.checkpoints.files import parse_json, read_text, text_writer, write_files, write_json
+from hybridvl.checkpoints.files import (
+    parse_json,
+    read_record,
+    read_text,
+    temporary_path,
+    text_writer,
+    write_files,
+    write_json,
+)
 from hybridvl.layers import ConfigError
 
 GATE = "decoder.layers.1.mlp.gate_proj.weight"
@@ -112,6 +118,17 @@ def test_json_is_replaced_as_a_whole(
     assert [entry.name for entry in path.parent.iterdir()] == ["metrics.json"]
 
 
+@pytest.mark.parametrize("content", [None, b"", b'{"key": "a', b"[1]", b"\xff"])
+def test_of_a_record_that_is_not_whole_nothing_is_known(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    write_json(path, {"key": "a"})
+    assert read_record(path) == {"key": "a"}
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    assert read_record(path) == {}
+
+
 def _full(*given: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -127,11 +144,14 @@ def write(path):
     os.kill(os.getpid(), {int(signal.SIGKILL)})
 write_files(Path({str(tmp_path)!r}), {{"model-00007-of-00009.safetensors": write}})
 """
-    assert subprocess.run([sys.executable, "-c", kill], check=False).returncode == -signal.SIGKILL
-    assert len(list(tmp_path.iterdir())) == 1
-    here = re.sub(r"[^\w-]", "-", socket.gethostname())
-    others = {f".config.json.{here}.{os.getppid()}.tmp", ".notes.tmp", ".config.json.x.tmp", "config.json.tmp"}
-    others.add(".config.json.another-host.999999999.tmp")  # no process of this host says whether it is still written
+    with subprocess.Popen([sys.executable, "-c", kill]) as killed:
+        assert killed.wait(100) == -signal.SIGKILL
+    left = temporary_path(tmp_path / "model-00007-of-00009.safetensors", process=killed.pid)
+    assert list(tmp_path.iterdir()) == [left]
+    config = tmp_path / "config.json"
+    others = {temporary_path(config, process=os.getppid()).name, ".notes.tmp", ".config.json.x.tmp", "config.json.tmp"}
+    # No process of this host says whether it is still written.
+    others.add(temporary_path(config, "another-host", 999_999_999).name)
     for name in others:
         (tmp_path / name).write_text("another's")
     hybridvl.save(small_model("full"), tmp_path)

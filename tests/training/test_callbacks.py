@@ -26,7 +26,6 @@ from hybridvl.data.images import ImageConfig, ImageProcessor
 from hybridvl.inference.processor import Processor
 from hybridvl.layers.errors import ConfigError
 from hybridvl.training.answers import Question, model_inputs, split_questions
-from hybridvl.training.callbacks import progress_file
 from hybridvl.training.callbacks.checkpoints import Checkpoints, is_better
 from hybridvl.training.callbacks.exact_resume import ExactResume, random_state, set_random_state
 from hybridvl.training.callbacks.examples import ExampleImages, draw, last_image, spread
@@ -34,7 +33,6 @@ from hybridvl.training.callbacks.export import ExportModel
 from hybridvl.training.callbacks.hparams import HParams
 from hybridvl.training.callbacks.memory import MemoryMonitor, memory_usage
 from hybridvl.training.callbacks.predictions import PredictionWriter
-from hybridvl.training.callbacks.progress_file import ProgressFile
 from hybridvl.training.callbacks.run_card import RunCard
 from hybridvl.training.callbacks.run_summary import RunSummary
 from hybridvl.training.callbacks.state_norms import StateNorms, state_norms
@@ -347,20 +345,6 @@ def test_the_best_checkpoint_is_the_one_with_the_best_metric(run: tuple[Path, di
     assert tiny.same(weights, dict(found["module"].net.state_dict()))
     last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 8
-
-
-def test_progress_that_cannot_be_written_ends_no_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[Path] = []
-
-    def full(path: Path, content: object, durable: bool) -> None:
-        tried.append(path)
-        raise ConfigError(f"{path}: cannot be written: No space left on device")
-
-    monkeypatch.setattr(progress_file, "write_json", full)
-    trainer = tiny.trainer(tmp_path, 2, [ProgressFile()], validate=2)
-    trainer.fit(tiny.module(), datamodule=tiny.data())
-    assert trainer.global_step == 2
-    assert {path.name for path in tried} == {"progress.json"}
 
 
 def test_an_unknown_metric_to_monitor_names_the_known_ones(tmp_path: Path) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import pickle
-import re
-import socket
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 
+from hybridvl.checkpoints.files import temporary_path
 from hybridvl.layers.errors import ConfigError
 from hybridvl.training.checkpoints.files import AtomicCheckpointIO, read_checkpoint
 
@@ -56,8 +55,7 @@ def test_a_full_disk_leaves_the_earlier_file(saved: Path, monkeypatch: pytest.Mo
 def test_a_device_that_is_really_full(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     AtomicCheckpointIO().save_checkpoint(GOOD, path)
-    here = re.sub(r"[^\w-]", "-", socket.gethostname())
-    (tmp_path / f".last.ckpt.{here}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    temporary_path(path).symlink_to("/dev/full")
     with pytest.raises(ConfigError, match="No space left on device; the earlier"):
         AtomicCheckpointIO().save_checkpoint({"state_dict": {"weight": torch.zeros(100_000)}}, path)
     assert tiny.same(read_checkpoint(path), GOOD)

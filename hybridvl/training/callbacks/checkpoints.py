@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from hybridvl.layers.errors import ConfigError
-from hybridvl.training.trainer import is_dry_run, run_folder
+from hybridvl.training.trainer import is_dry_run, run_folder, validates_by_clock
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 
@@ -112,7 +112,7 @@ def _validates_now(trainer: Trainer) -> bool:
 
     Of validations by the clock nobody knows: it may strike while a checkpoint is saved, and starts anew at a resume.
     """
-    if getattr(trainer, "_val_check_time_interval", None) is not None:
+    if validates_by_clock(trainer):
         return False
     fit, batches = trainer.fit_loop, trainer.num_val_batches
     assert fit._data_fetcher is not None

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from hybridvl.checkpoints.files import write_json
 from hybridvl.layers.errors import ConfigError
 from hybridvl.training.callbacks.throughput import Throughput
-from hybridvl.training.trainer import is_dry_run, run_folder
+from hybridvl.training.trainer import callback_of, is_dry_run, run_folder
 
 NAME = "progress.json"
 VALIDATIONS = "validations.jsonl"
@@ -22,10 +23,12 @@ VALIDATIONS = "validations.jsonl"
 
 class ProgressFile(Callback):
     """Writes progress.json in the run folder: a new one at most once a second, and at the end of every part of the fit.
-    Every validation of the fit adds a line to validations.jsonl: step, steps, and metrics, those of the validation.
 
-    Keys: doing ("train", "validate" or "test"), step, steps (null without an end), seconds and tokens of training so
-    far, metrics (the latest value of each).
+    Every validation of the fit adds a line to validations.jsonl: step, steps, and metrics, those of the validation.
+    Neither file is needed to train: a fit goes on where they cannot be written.
+
+    Keys of progress.json: doing ("train", "validate" or "test"), step, steps (null without an end), seconds and tokens
+    of training so far, metrics (the latest value of each).
 
     Args:
         clock: seconds from any origin, monotonic.
@@ -54,11 +57,8 @@ class ProgressFile(Callback):
         if trainer.is_global_zero and counts and not is_dry_run(trainer):
             found = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
             line = json.dumps({"step": trainer.global_step, "steps": _steps(trainer), "metrics": found})
-            # A process that was killed may have left half a line.
-            with (run_folder(trainer) / VALIDATIONS).open("a+b") as file:
-                end = file.seek(0, os.SEEK_END)
-                file.seek(max(0, end - 1))
-                file.write((b"" if file.read() in (b"", b"\n") else b"\n") + line.encode() + b"\n")
+            with contextlib.suppress(OSError):
+                _add_line(run_folder(trainer) / VALIDATIONS, line)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write."""
@@ -69,7 +69,7 @@ class ProgressFile(Callback):
             return
         self._written = self._clock()
         self._metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
-        speed = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+        speed = callback_of(trainer, Throughput)
         facts: dict[str, Any] = {
             "doing": doing,
             "step": trainer.global_step,
@@ -78,8 +78,16 @@ class ProgressFile(Callback):
             "tokens": 0 if speed is None else speed.tokens,
             "metrics": self._metrics,
         }
-        with contextlib.suppress(ConfigError):  # who trains does not need it
+        with contextlib.suppress(ConfigError):
             write_json(run_folder(trainer) / NAME, facts, durable=False)
+
+
+def _add_line(path: Path, line: str) -> None:
+    """Add a line to a file, after the end of half a line that a killed process may have left."""
+    with path.open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        file.write((b"" if file.read() in (b"", b"\n") else b"\n") + line.encode() + b"\n")
 
 
 def _steps(trainer: Trainer) -> int | None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from hybridvl.checkpoints.files import write_json
+from hybridvl.checkpoints.files import read_record, write_json
 from hybridvl.training.base import TrainingModule
 from hybridvl.training.callbacks.checkpoints import BEST, LAST, Checkpoints, checkpoint_folder
 from hybridvl.training.callbacks.skipped import SkippedSamples
 from hybridvl.training.callbacks.throughput import Throughput
-from hybridvl.training.trainer import is_dry_run, run_folder
+from hybridvl.training.trainer import callback_of, is_dry_run, run_folder
 from hybridvl.training.versions import versions
 
 FILE = "metrics.json"
@@ -54,7 +52,7 @@ class RunSummary(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collect and write."""
         self._collect(trainer)
-        throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)  # type: ignore[attr-defined]
+        throughput = callback_of(trainer, Throughput)
         if throughput is not None:
             self._facts |= {
                 "tokens": throughput.tokens,
@@ -68,17 +66,16 @@ class RunSummary(Callback):
         """Take back that it has ended, and how it did in tests, if this is a run that is gone on with."""
         path = run_folder(trainer) / FILE
         if trainer.is_global_zero and not is_dry_run(trainer) and path.exists():
-            facts = {name: value for name, value in _read(path).items() if name != "ended"}
+            facts = {name: value for name, value in read_record(path).items() if name != "ended"}
             metrics = facts.get("metrics") or {}
-            write_json(
-                path, {**facts, "metrics": {tag: metrics[tag] for tag in metrics if not tag.startswith("test/")}}
-            )
+            facts["metrics"] = {tag: value for tag, value in metrics.items() if not tag.startswith("test/")}
+            write_json(path, facts)
 
     def finish(self, trainer: Trainer) -> None:
         """Say in metrics.json that nothing of the fit is left to do."""
         path = run_folder(trainer) / FILE
         if trainer.is_global_zero and not is_dry_run(trainer) and path.exists():
-            write_json(path, {**_read(path), "ended": datetime.now(UTC).isoformat(timespec="seconds")})
+            write_json(path, {**read_record(path), "ended": datetime.now(UTC).isoformat(timespec="seconds")})
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics so far."""
@@ -112,7 +109,7 @@ class RunSummary(Callback):
             return
         parameters = list(module.parameters())
         path = run_folder(trainer) / FILE
-        earlier = _read(path) if path.exists() else {}
+        earlier = read_record(path)
         if "ended" in earlier:
             write_json(path, {**earlier, "later": {**earlier.get("later", {}), **self.metrics}})
             return
@@ -130,21 +127,12 @@ class RunSummary(Callback):
 
 
 def _skipped(trainer: Trainer) -> dict[str, int]:
-    found = [c.counts for c in trainer.callbacks if isinstance(c, SkippedSamples)]  # type: ignore[attr-defined]
-    return found[0] if found else {}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A file of an earlier part of the run; {} where a crash has left half of one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
+    skipped = callback_of(trainer, SkippedSamples)
+    return {} if skipped is None else skipped.counts
 
 
 def _checkpoint(trainer: Trainer) -> str | None:
-    keeper = next((c for c in trainer.callbacks if isinstance(c, Checkpoints)), None)  # type: ignore[attr-defined]
+    keeper = callback_of(trainer, Checkpoints)
     name = BEST if keeper is not None and keeper.best is not None else LAST
     path = checkpoint_folder(trainer) / name
     return str(path) if path.exists() else None
