@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter, defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -166,6 +168,43 @@ def test_chances_are_those_of_guessing() -> None:
     assert chances["first_lag_5_8"] == pytest.approx(0.1)
     assert 0.1 < chances[""] < 0.5
     assert DensePages(3, test_samples=2).chances() == pytest.approx({"": 0.001, "digits_3_4": 0.001})
+
+
+@pytest.mark.parametrize("pages", [2, 4, 7])
+def test_of_the_possible_answers_chance_is_one(pages: int) -> None:
+    possible = {"place": [str(page + 1) for page in range(pages)], "first": list("0123456789")}
+    for asked in PageOrder(pages, test_samples=300).questions():
+        answers = possible.get(asked.kind.split("_")[0]) or re.findall(r"\d", asked.question)
+        assert answers.count(asked.answer) == 1
+        assert asked.chance == pytest.approx(1 / len(answers))
+
+
+@pytest.mark.parametrize("pages", [4, (2, 6)])
+def test_questions_give_nothing_away(pages: Any) -> None:
+    """To one who has not seen the pages, and answers each question as it was answered most often in training."""
+    task = PageOrder(pages, turns=1, train_samples=6000, test_samples=3000)
+    known: dict[str, Counter[str]] = defaultdict(Counter)
+    for asked in task.questions("train"):
+        known[asked.question][asked.answer] += 1
+    questions = task.questions()
+    for name in ("place", "order", "first"):
+        found = [asked for asked in questions if re.search(rf"(^|_){name}_", asked.kind)]
+        right = sum(known[asked.question].most_common(1)[0][0] == asked.answer for asked in found)
+        spread = math.sqrt(sum(asked.chance * (1 - asked.chance) for asked in found))
+        assert len(found) > 900
+        assert abs(right - sum(asked.chance for asked in found)) < 4 * spread
+
+
+def test_the_last_page_alone_orders_as_many_pairs_as_the_docs_say() -> None:
+    pages = 4
+    exact = np.mean([(1 + 1 / (pages - apart)) / 2 for apart in range(1, pages)])
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    assert f"right in {exact:.2f} of these questions with {pages} pages" in page
+    source = PageOrder(pages, kinds={"order": 1}).source("test", 0)
+    pairs = [source.drawn(index).asked[0][1:] for index in range(2000)]
+    # Who sees the last page names the other one, and guesses where it is not asked about.
+    assert np.mean([1.0 if pages - 1 in pair else 0.5 for pair in pairs]) == pytest.approx(exact, abs=0.03)
+    assert all(pages - 1 in pair for pair in pairs if abs(pair[0] - pair[1]) == pages - 1)
 
 
 @pytest.mark.parametrize("task", [DensePages(), DensePages(page=32), PageOrder(), PageOrder((5, 90), digits=2)])

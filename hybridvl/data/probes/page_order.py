@@ -43,8 +43,10 @@ class PageOrder(Probe[Pages]):
 
     Distance is how many pages ago the page came, 1 for the last one, and for "order" how many pages the two are apart;
     each is as likely as any other in the first question about a sample. Kinds are "place_lag_3_4", "order_apart_2",
-    "first_lag_5_8" and so on; with a range of pages they begin with "pages_5_8_". No scan is in two splits. An answer
-    may help to find a later one of the same conversation.
+    "first_lag_5_8" and so on; with a range of pages they begin with "pages_5_8_". No scan is in two splits.
+
+    Guessing is that of one who has not seen the pages. An answer may help to find a later one of the same conversation,
+    and a page that is remembered to find where others were: the last one did not come first.
 
     Args:
         pages: fewest and most pages, at least 2, or how many each sample has.
