@@ -49,6 +49,6 @@ def test_session_prints_what_is_shown(session: list[str]) -> None:
 
 
 def test_named_files_exist() -> None:
-    paths = set(re.findall(r"\b(?:recipes|docs)/[\w/-]+\.\w+", README))
-    assert {"recipes/digits.yaml", "docs/mixers.md"} <= paths
+    paths = set(re.findall(r"\b(?:recipes|ablations|docs)/[\w/-]+\.\w+", README))
+    assert {"recipes/digits.yaml", "ablations/claims.yaml", "docs/mixers.md"} <= paths
     assert [path for path in sorted(paths) if not (ROOT / path).is_file()] == []
