@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hybridvl.ablation.matching import Matched
+from hybridvl.ablation.report.wording import counted
 from hybridvl.ablation.study import Study
 from hybridvl.plan.units import tokens, with_prefix
 
@@ -47,7 +48,7 @@ def cell_table(
     more = more or {}
     count = len(matched) * len(study.seeds)
     title = title or (
-        f"{study.name}: {_number(len(matched), 'cell')} x {_number(len(study.seeds), 'seed')} = {_number(count, 'run')}"
+        f"{study.name}: {counted(len(matched), 'cell')} x {counted(len(study.seeds), 'seed')} = {counted(count, 'run')}"
     )
     table = Table(title=escape(title), title_justify="left", box=box.ROUNDED, caption_justify="left")
     for axis in study.axes:
@@ -90,7 +91,3 @@ def _costs(entry: Matched) -> tuple[str, str, str]:
 
 def _share(residual: float | None) -> str:
     return "" if residual is None else f"{100 * residual:+.2f} %"
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"

@@ -31,6 +31,14 @@ def writable(path: str) -> Path:
     return found
 
 
+def out_folder(path: str) -> Path:
+    """The folder of --out, which need not be there; ConfigError where something else is."""
+    found = usable_path(path)
+    if found.exists() and not found.is_dir():
+        raise ConfigError(f"--out: {path}: is a file; expected a folder")
+    return found
+
+
 def write_json(values: object, path: str) -> None:
     """Write values as JSON into a file, or print them where the path is "-"."""
     text = json.dumps(values, indent=2)

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from hybridvl.ablation.report.wording import UNKNOWN, probability, with_interval
-from hybridvl.checkpoints.files import text_writer, usable_path, write_files
+from hybridvl.checkpoints.files import text_writer, write_files
 from hybridvl.cli.arguments import Arguments, take_flags
-from hybridvl.cli.output import table_console
-from hybridvl.layers.errors import ConfigError
+from hybridvl.cli.output import out_folder, table_console
 from hybridvl.pipeline.runner import StageFailed
 
 if TYPE_CHECKING:  # Lightning takes seconds to import
@@ -32,9 +32,7 @@ def main(argv: Sequence[str]) -> int:
     """Rank, compare, write and print; returns 0, or the exit status of a failed fit. Mistakes are ConfigErrors."""
     rest, flags = take_flags(argv, _FLAG)
     options = _parser().parse_args(rest)
-    folder = usable_path(options.out)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out: {options.out}: is a file; expected a folder")
+    folder = out_folder(options.out)
     from hybridvl.cli.place_search import Search  # which imports it
     from hybridvl.cli.place_stage import train_student
 
@@ -132,8 +130,8 @@ def _write(folder: Path, outcome: Outcome, facts: Mapping[str, Any]) -> None:
     from hybridvl.ablation.placement.drawing import draw_outcome  # matplotlib takes a second to import
 
     text = json.dumps({**outcome.to_dict(), "inputs": facts}, indent=2) + "\n"
-    picture = draw_outcome(outcome)
-    write_files(folder, {"place.json": text_writer(text), "place.png": lambda path: path.write_bytes(picture)})
+    picture = partial(Path.write_bytes, data=draw_outcome(outcome))
+    write_files(folder, {"place.json": text_writer(text), "place.png": picture})
 
 
 def _show(outcome: Outcome, facts: Mapping[str, Any]) -> None:

@@ -18,9 +18,8 @@ from hybridvl.ablation.report.runs import collect
 from hybridvl.ablation.report.tables import CLAIM_HEAD, claim_rows, headline, metric_table
 from hybridvl.ablation.report.wording import counted
 from hybridvl.ablation.report.writing import CACHE, write_report
-from hybridvl.checkpoints.files import usable_path
 from hybridvl.cli.arguments import Arguments
-from hybridvl.cli.output import table_console
+from hybridvl.cli.output import out_folder, table_console
 from hybridvl.layers.errors import ConfigError, within
 from hybridvl.pipeline.mappings import read_mapping
 
@@ -125,10 +124,7 @@ def _level(percent: float) -> float:
 
 def _folder(out: str | None, runs: Sequence[str]) -> Path:
     if out is not None:
-        folder = usable_path(out)
-        if folder.exists() and not folder.is_dir():
-            raise ConfigError(f"--out: {out}: is a file; expected a folder")
-        return folder
+        return out_folder(out)
     return Path(runs[0] if len(runs) == 1 else ".") / "report"
 
 

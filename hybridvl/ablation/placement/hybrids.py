@@ -179,7 +179,7 @@ def kept_attention(
 
 def _check_shared(student: VisionLanguageModel, teacher: VisionLanguageModel, layers: Collection[int]) -> None:
     """Raise ConfigError unless both have the same numbers in everything but the mixers of these layers."""
-    mixers = tuple(f"decoder.layers.{layer}.mixer." for layer in layers)
+    mixers = tuple(map(mixer_prefix, layers))
     theirs = dict(teacher.named_parameters())
     for name, own in student.named_parameters():
         if not name.startswith(mixers) and own is not theirs[name] and not torch.equal(own, theirs[name]):

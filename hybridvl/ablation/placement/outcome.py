@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,7 @@ from hybridvl.ablation.placement.candidates import Layers
 from hybridvl.ablation.placement.hybrids import Placement
 from hybridvl.ablation.placement.measures import Measures
 from hybridvl.ablation.placement.ranking import LINEAR, Ranking, best_first
+from hybridvl.ablation.report.wording import without_nan
 from hybridvl.ablation.statistics import Interval, holm, mean_interval, paired_difference
 from hybridvl.plan.costs import Plan
 
@@ -87,7 +87,7 @@ class Outcome:
             "no_attention": asdict(self.linear),
             "attention_everywhere": asdict(self.attention),
         }
-        plain: dict[str, Any] = json.loads(json.dumps(values), parse_constant=lambda _: None)
+        plain: dict[str, Any] = without_nan(values)
         return plain
 
 
@@ -120,8 +120,7 @@ def compare(
         )
         for placement in order[1:]
     ]
-    unknown = Interval(math.nan, math.nan, math.nan, math.nan, 0)
-    gaps = [unknown, *(difference.interval for difference in behind)]
+    gaps = [mean_interval([]), *(difference.interval for difference in behind)]
     made = [
         Candidate(
             layers.pattern(placement),

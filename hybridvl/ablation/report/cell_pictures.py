@@ -46,12 +46,12 @@ def draw_cells(analysis: Analysis, metric: str) -> Figure | None:
     axes.set_xlim(*limits(values, ends, is_share(metric)))
     _right_texts(axes, [with_interval(result.interval) for result in results])
     axes.set_xlabel(plain(metric_label(metric)), color=INK, fontsize=9.5)
-    how = f"dot: mean of seeds; rings: seeds; bar: {_level(analysis)}"
+    how = f"dot: mean of seeds; rings: seeds; bar: {analysis.settings.percent} interval"
     if len(baselines) == 1:
         how += "; dashed: the baseline's mean"
     how += "; dotted: guessing" if chance is not None else ""
     how += shared_labels(analysis, indices)
-    _heading(made, f"{metric} by {heading}", only, how)
+    title(made, f"{metric} by {heading}", how, only)
     return made
 
 
@@ -82,9 +82,10 @@ def draw_differences(analysis: Analysis, metric: str) -> Figure | None:
     baseline = analysis.baseline_name
     axes.set_xlabel(plain(f"{metric}, minus that of {baseline}"), color=INK, fontsize=9.5)
     clear = "green better, red worse" if better else "blue different"
-    how = f"rings: pairs of one seed; bar: {_level(analysis)}; {clear} (p < {_SIGNIFICANT} by Holm), grey unclear"
+    how = f"rings: pairs of one seed; bar: {analysis.settings.percent} interval; "
+    how += f"{clear} (p < {_SIGNIFICANT} by Holm), grey unclear"
     how += shared_labels(analysis, [index for index, _, _ in rows])
-    _heading(made, f"Differences of {metric} to {baseline}", only, how)
+    title(made, f"Differences of {metric} to {baseline}", how, only)
     return made
 
 
@@ -128,11 +129,3 @@ def _right_texts(axes: Axes, texts: list[str]) -> None:
             color=INK,
             annotation_clip=False,
         )
-
-
-def _heading(made: Figure, text: str, only: str, how: str) -> None:
-    title(made, f"{text} ({only})" if only else text, how)
-
-
-def _level(analysis: Analysis) -> str:
-    return f"{100 * analysis.settings.level:g} % interval"

@@ -38,6 +38,11 @@ class CellRuns:
         """The metric by seed, of those runs that count and have it; below 0 for runs that do not say their seed."""
         return {seed: run.metrics[metric] for seed, run in self.used.items() if metric in run.metrics}
 
+    def section(self, *keys: str) -> Mapping[str, Any]:
+        """A mapping in the recipe of its runs that count, such as that of data.task; {} where there is none."""
+        run = next(iter(self.used.values()), None)
+        return {} if run is None else run.section(*keys)
+
     def seeded(self, metric: str) -> dict[int, float]:
         """The same of runs that say their seed: others are no pair to any."""
         return {seed: value for seed, value in self.values(metric).items() if seed >= 0}
@@ -76,6 +81,11 @@ class Settings:
     interval: Method = "t"
     level: float = LEVEL
     tune: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def percent(self) -> str:
+        """ "95 %": the level, for people."""
+        return f"{100 * self.level:g} %"
 
 
 def group(

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hybridvl.ablation.report.cache import Cache
+from hybridvl.ablation.report.folders import CONFIG
 from hybridvl.ablation.report.labels import differing
 from hybridvl.ablation.report.metrics import logged_metrics
 from hybridvl.ablation.report.runs import RunFolder, read_run
 from hybridvl.checkpoints.files import usable_path
 from hybridvl.layers.errors import ConfigError
 
-_CONFIG = "config.yaml"
 _PLACES = ("run.root", "run.name", "run.version")  # which the names of the runs tell
 _FACTS = ("pattern", "parameters", "trainable_parameters", "steps", "tokens", "seconds")
 
@@ -62,14 +62,14 @@ def _run(path: str | Path) -> RunFolder:
     folder = usable_path(path)
     if not folder.is_dir():
         raise ConfigError(f"{path}: no such folder; expected a run folder, such as runs/digits/version_0")
-    if not (folder / _CONFIG).is_file():
-        inside = sorted(found.parent for found in (*folder.glob(f"*/{_CONFIG}"), *folder.glob(f"*/*/{_CONFIG}")))
+    if not (folder / CONFIG).is_file():
+        inside = sorted(found.parent for found in (*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}")))
         hint = f"; there are {', '.join(map(str, inside[:4]))}"
         more = " and others" if len(inside) > 4 else ""
-        raise ConfigError(f"{path}: no {_CONFIG} in it; expected a run folder{hint + more if inside else ''}")
+        raise ConfigError(f"{path}: no {CONFIG} in it; expected a run folder{hint + more if inside else ''}")
     run = read_run(folder, os.listdir(folder), Cache())
     for problem in run.problems:
-        if problem.startswith(_CONFIG):
+        if problem.startswith(CONFIG):
             raise ConfigError(f"{path}: {problem}; expected the recipe that hybridvl fit has written")
     return run
 

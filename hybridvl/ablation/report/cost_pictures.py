@@ -63,7 +63,7 @@ def draw_pareto(analysis: Analysis, metric: str) -> Figure | None:
         handles, texts = [Line2D([], [], linestyle="none")] * len(names), names
     where = grid[-1][-1] if left else made
     where.legend(handles, texts, loc="center left" if left else "outside right upper", frameon=False, fontsize=8.5)
-    how = f"bars: {100 * analysis.settings.level:g} % interval; line: the cells that no other beats in both"
+    how = f"bars: {analysis.settings.percent} interval; line: the cells that no other beats in both"
     if len({_task(analysis.cells[index]) for index in indices}) > 1:
         how += ", of each task by itself"
     title(made, f"{metric} against costs", how + shared_labels(analysis, shown))
@@ -169,7 +169,7 @@ def draw_growth(analysis: Analysis, metric: str) -> Figure | None:
     if timed:
         how += "; times on this machine's CPU in float32: the shortest, bars: up to that of the slowest block of rounds"
     how += shared_labels(analysis, shown)
-    title(made, f"Costs against length ({only})" if only else "Costs against length", how)
+    title(made, "Costs against length", how, only)
     return made
 
 
@@ -197,13 +197,9 @@ def _milliseconds(value: float) -> str:
 
 def _task(cell: CellRuns) -> str:
     """What the cell's runs were asked."""
-    run = next(iter(cell.used.values()), None)
-    if run is None:
-        return ""
-    task = run.section("data", "task")
-    arguments = run.section("data", "task", "init_args")
+    arguments = cell.section("data", "task", "init_args")
     asked = {key: value for key, value in arguments.items() if not key.startswith(_TRAINING)}
-    return json.dumps({**task, "init_args": asked}, sort_keys=True)
+    return json.dumps({**cell.section("data", "task"), "init_args": asked}, sort_keys=True)
 
 
 _PANELS = (

@@ -33,7 +33,7 @@ _SECONDS = 30.0  # that timing may take where rounds are long
 
 @dataclass(frozen=True)
 class CellCosts:
-    """CellCosts of a cell's model; None and {} where they are not known.
+    """What a cell's model costs; None and {} where they are not known.
 
     Attributes:
         parameters: of the model.

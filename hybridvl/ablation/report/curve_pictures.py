@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.cells import CellRuns
 from hybridvl.ablation.report.events import Curve
-from hybridvl.ablation.report.guessing import guessing
+from hybridvl.ablation.report.guessing import SAME, guessing
 from hybridvl.ablation.report.metrics import is_share, metric_label
 from hybridvl.ablation.report.naming import cell_names, shared_labels, shown_cells
 from hybridvl.ablation.report.slices import Slices, slices_of
@@ -25,7 +25,6 @@ from hybridvl.pictures import INK, figure, plain
 
 _POINTS = 120  # of a line with a band
 _GUESSING = "guessing"
-_SAME_LEVEL = 0.01  # shares that differ by less are one line
 _PANELS = 6  # of slices of one metric in a picture
 
 
@@ -82,11 +81,9 @@ def draw_curves(analysis: Analysis, metric: str) -> Figure | None:
     for axes, tag in zip(panels, tags, strict=True):
         _curves(axes, analysis, tag, indices, names)
     legend(made, panels, heading, names)
-    how = (
-        f"lines: mean of seeds; bands: {100 * analysis.settings.level:g} % interval, where there are two seeds or more"
-    )
+    how = f"lines: mean of seeds; bands: {analysis.settings.percent} interval, where there are two seeds or more"
     how += shared_labels(analysis, indices)
-    title(made, f"Learning curves ({only})" if only else "Learning curves", how)
+    title(made, "Learning curves", how, only)
     return made
 
 
@@ -108,8 +105,8 @@ def draw_slices(analysis: Analysis, metric: str) -> Figure | None:
         grid[place // columns][place % columns].set_visible(False)
     legend(made, grid.flat, heading, [*names, _GUESSING])
     what = f"{metric} by {' and '.join(dict.fromkeys(part.axis for part in found))}"
-    how = f"marks: mean of seeds; bars: {100 * analysis.settings.level:g} % interval" + shared_labels(analysis, indices)
-    title(made, f"{what} ({only})" if only else what, how)
+    how = f"marks: mean of seeds; bars: {analysis.settings.percent} interval" + shared_labels(analysis, indices)
+    title(made, what, how, only)
     return made
 
 
@@ -178,7 +175,7 @@ def _slices(
         # A level for each part, with gaps between those that differ.
         places = [where for at in range(len(part.metrics)) for where in (at - 0.35, at + 0.35, at + 0.5)]
         levels = [chances[name] for name in part.metrics]
-        apart = max(levels) - min(levels) > _SAME_LEVEL
+        apart = max(levels) - min(levels) > SAME
         heights = [height for level in levels for height in (level, level, math.nan if apart else level)]
         axes.plot(places, heights, color=INK, linestyle=":", linewidth=1.2, label=_GUESSING, zorder=1)
         means += levels

@@ -13,7 +13,8 @@ from typing import Any
 from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.cells import Result
 from hybridvl.ablation.report.runs import RunFolder
-from hybridvl.ablation.statistics import Interval
+from hybridvl.ablation.report.wording import without_nan
+from hybridvl.ablation.statistics import mean_interval
 
 _COSTS = ("parameters", "flops", "decode_flops", "state_bytes", "context", "decode_seconds")
 _FACTS = ("pattern", "parameters", "trainable_parameters", "steps", "tokens", "samples", "seconds")
@@ -78,7 +79,7 @@ def to_json(analysis: Analysis, figures: Sequence[str] = ()) -> str:
         "warnings": list(analysis.warnings),
         "figures": list(figures),
     }
-    return _json_lines(_without_nan(content))
+    return _json_lines(without_nan(content))
 
 
 def _json_lines(content: Mapping[str, Any]) -> str:
@@ -119,7 +120,7 @@ def _result(result: Result) -> dict[str, Any]:
 
 
 def _result_row(result: Result | None) -> dict[str, Any]:
-    nothing = Interval(math.nan, math.nan, math.nan, math.nan, 0)
+    nothing = mean_interval([])
     interval = nothing if result is None else result.interval
     difference = None if result is None else result.difference
     apart = nothing if difference is None else difference.interval
@@ -150,11 +151,3 @@ def _csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def _plain(value: Any) -> Any:
     return "" if value is None or (isinstance(value, float) and math.isnan(value)) else value
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

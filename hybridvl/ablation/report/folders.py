@@ -8,7 +8,7 @@ from pathlib import Path
 
 EVENTS = "events.out.tfevents"
 STUDY = "study.yaml"
-_CONFIG, _METRICS = "config.yaml", "metrics.json"
+CONFIG, METRICS = "config.yaml", "metrics.json"
 _INSIDE = ("checkpoints", "model")  # of a run folder; nothing in them is a run
 
 
@@ -55,12 +55,12 @@ def _walk(place: Path, found: Walked, seen: set[tuple[int, int]]) -> None:
         below.recorded.add(place / name)
         if (place / name) not in below.runs:
             below.runs[place / name] = _entries(place / name)[0] if name in folders else []
-    measured = _METRICS in files or any(name.startswith(EVENTS) for name in files)
-    if measured or _CONFIG in files:
+    measured = METRICS in files or any(name.startswith(EVENTS) for name in files)
+    if measured or CONFIG in files:
         # What tools write below a run, such as events of their own, is no run; what has a recipe or a record is one.
-        for run in [run for run, own in below.runs.items() if _CONFIG not in own and run not in below.recorded]:
+        for run in [run for run, own in below.runs.items() if CONFIG not in own and run not in below.recorded]:
             del below.runs[run]
-        if below.runs and not (measured and _CONFIG in files):
+        if below.runs and not (measured and CONFIG in files):
             found.stray.append(place)
         else:
             found.runs[place] = files

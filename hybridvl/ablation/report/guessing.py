@@ -12,8 +12,9 @@ from typing import Any
 from hybridvl.ablation.report.cells import CellRuns
 from hybridvl.data.probes.probe import Probe
 
+SAME = 0.01
+"""Shares that differ by less are one line in a picture."""
 _PROBES = "hybridvl.data.probes."
-_SAME = 0.01  # shares that differ by less are one line in a picture
 
 
 def guessing(cells: Sequence[CellRuns], metrics: Sequence[str]) -> dict[str, float]:
@@ -26,7 +27,7 @@ def guessing(cells: Sequence[CellRuns], metrics: Sequence[str]) -> dict[str, flo
     for metric, (split, kind) in wanted.items():
         values = [chances.get(split, {}).get(kind) for chances in by_cell]
         known = [value for value in values if value is not None]
-        if known and len(known) == len(values) and max(known) - min(known) < _SAME:
+        if known and len(known) == len(values) and max(known) - min(known) < SAME:
             found[metric] = sum(known) / len(known)
     return found
 
@@ -34,8 +35,7 @@ def guessing(cells: Sequence[CellRuns], metrics: Sequence[str]) -> dict[str, flo
 def questions(cell: CellRuns, metric: str) -> int | None:
     """How many questions of a probe one run's share of exact answers is of; None where that is not known."""
     split, kind = _split_and_kind(metric)
-    run = next(iter(cell.used.values()), None)
-    limit = None if run is None else run.section("trainer").get(f"limit_{split}_batches")
+    limit = cell.section("trainer").get(f"limit_{split}_batches")
     if limit not in (None, 1.0) or split not in ("val", "test"):
         return None
     task = _task(cell)
@@ -51,8 +51,7 @@ def _split_and_kind(metric: str) -> tuple[str, str]:
 
 def _task(cell: CellRuns) -> tuple[str, str] | None:
     """The probe of a cell's runs: its class, and its arguments as JSON."""
-    run = next(iter(cell.used.values()), None)
-    task = {} if run is None else run.section("data", "task")
+    task = cell.section("data", "task")
     if not str(task.get("class_path")).startswith(_PROBES):
         return None
     return str(task["class_path"]), json.dumps(task.get("init_args") or {}, sort_keys=True)

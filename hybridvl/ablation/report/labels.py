@@ -23,12 +23,12 @@ _PLACES = ("ckpt_path", "default_root_dir", "config")
 _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?([eE][-+]?\d+)?|\d+/\d+")
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"model.net.width": 64, ...}: every value that is no mapping by its dotted key; an empty mapping is a value."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
+            found |= _leaves(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value
     return found
@@ -36,7 +36,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def differing(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     """Keys in which configurations differ, with the value of each as text, `MISSING` where a key is not there."""
-    flats = [flat(config) for config in configs]
+    flats = [_leaves(config) for config in configs]
     keys = dict.fromkeys(key for values in flats for key in values)
     found = {key: [label_of(values[key]) if key in values else MISSING for values in flats] for key in keys}
     return {key: texts for key, texts in found.items() if len(set(texts)) > 1}
@@ -122,7 +122,7 @@ def natural(label: str) -> tuple[Any, ...]:
 def _compared(run: RunFolder) -> dict[str, Any]:
     """The recipe without what tells runs apart that are repetitions of each other."""
     found = {}
-    for key, value in flat({**run.config, **run.origin}).items():
+    for key, value in _leaves({**run.config, **run.origin}).items():
         own = key
         while own.startswith(_SOURCE):
             own = own.removeprefix(_SOURCE)

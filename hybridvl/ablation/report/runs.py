@@ -12,12 +12,11 @@ from typing import Any
 
 from hybridvl.ablation.report.cache import Cache, Content
 from hybridvl.ablation.report.events import Curve, merged
-from hybridvl.ablation.report.folders import EVENTS, STUDY, walked
+from hybridvl.ablation.report.folders import CONFIG, EVENTS, METRICS, STUDY, walked
 from hybridvl.checkpoints.files import usable_path
 from hybridvl.layers.errors import ConfigError
 
 DONE = "done"
-_CONFIG = "config.yaml"
 _DEPTH = 3  # folders above a run in which its study's file is looked for
 
 
@@ -104,7 +103,7 @@ def collect(paths: Sequence[str | Path], cache: Cache) -> Collected:
         if not found.runs:
             raise ConfigError(f"{path}: no run in it; expected folders with config.yaml, as hybridvl fit leaves them")
         problems += [
-            f"{top / stray.relative_to(above)}: its {_CONFIG} or metrics lie above runs, and are of none"
+            f"{top / stray.relative_to(above)}: its {CONFIG} or metrics lie above runs, and are of none"
             for stray in found.stray
         ]
         for folder, files in found.runs.items():
@@ -132,7 +131,7 @@ def read_run(path: Path, files: Sequence[str], cache: Cache) -> RunFolder:
             problems.append(f"{file.name}: {content.problem}")
         return {} if content is None else content.values
 
-    config, summary = values(folder / _CONFIG), values(folder / "metrics.json")
+    config, summary = values(folder / CONFIG), values(folder / METRICS)
     ends = ("json", "ended.json", "pruned.json")
     start, ended, pruned = (values(folder.with_name(f"{folder.name}.{end}")) for end in ends)
     progress = values(folder / "progress.json")
@@ -168,7 +167,7 @@ def read_run(path: Path, files: Sequence[str], cache: Cache) -> RunFolder:
         curves=curves,
         study=next((place for place in list(folder.parents)[:_DEPTH] if (place / STUDY).is_file()), None),
         origin=_origin(config, cache),
-        started=_changed(folder / _CONFIG),
+        started=_changed(folder / CONFIG),
         problems=tuple(problems),
     )
 
@@ -226,7 +225,7 @@ def _origin(config: Mapping[str, Any], cache: Cache, stages: int = 8) -> dict[st
     source = model.get("source") or _mapping(model.get("student")).get("source")
     if not stages or not isinstance(source, str) or Path(source).name != "model":
         return {}
-    content = cache.content(Path(source).parent / "config.yaml")
+    content = cache.content(Path(source).parent / CONFIG)
     if content is None or content.problem:
         return {}
     return {"source": {**content.values, **_origin(content.values, cache, stages - 1)}}

@@ -35,9 +35,10 @@ def tidy(axes: Axes, grid: str = "both") -> None:
     axes.set_axisbelow(True)
 
 
-def title(made: Figure, text: str, below: str = "") -> None:
-    """What a figure shows, and in smaller letters how."""
-    made.suptitle(plain(text), fontsize=12, color=INK, x=0.01, ha="left", fontweight="bold")
+def title(made: Figure, text: str, below: str = "", only: str = "") -> None:
+    """What a figure shows, of which cells if not of all, and in smaller letters how."""
+    said = plain(f"{text} ({only})" if only else text)
+    made.suptitle(said, fontsize=12, color=INK, x=0.01, ha="left", fontweight="bold")
     if below:
         lines = textwrap.wrap(below, int(_LETTERS * made.get_figwidth()))
         made.supxlabel(plain("\n".join(lines)), fontsize=8, color=FAINT, x=0.01, ha="left")

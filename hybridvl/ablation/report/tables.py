@@ -25,9 +25,8 @@ def headline(analysis: Analysis) -> str:
 def method(analysis: Analysis) -> str:
     """How intervals and tests were made, as sentences."""
     settings = analysis.settings
-    level = f"{100 * settings.level:g} %"
     how = "by Student's t" if settings.interval == "t" else "by the bootstrap (percentiles of 10,000 resamples)"
-    said = f"Means over seeds with {level} intervals {how}."
+    said = f"Means over seeds with {settings.percent} intervals {how}."
     if analysis.baseline_name:
         test = "paired t test" if settings.interval == "t" else "sign-flip test"
         there = f"the cell with {analysis.baseline_name}" if settings.baseline else "the baseline of its study"

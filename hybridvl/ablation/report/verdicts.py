@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from hybridvl.plan.units import tokens
 SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
 FEWEST = 3
 """Seeds, or pairs of seeds, without which nothing is decided: two may be close to each other by chance."""
-_NOTHING = Interval(math.nan, math.nan, math.nan, math.nan, 0)
+_NOTHING = mean_interval([])
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from hybridvl.ablation.statistics import Interval
 
@@ -44,3 +46,12 @@ def probability(p: float) -> str:
 def counted(count: int, noun: str, plural: str = "") -> str:
     """ "1 run", "2 runs"."""
     return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+
+
+def without_nan(value: Any) -> Any:
+    """Mappings and lists as JSON can hold them: NaN and infinite numbers are null there."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

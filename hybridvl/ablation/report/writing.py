@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.exports import cells_csv, runs_csv, to_json
-from hybridvl.ablation.report.figures import Picture, draw_all
+from hybridvl.ablation.report.figures import draw_all
 from hybridvl.ablation.report.markdown import markdown
 from hybridvl.ablation.report.page import page
 from hybridvl.checkpoints.files import parse_json, read_text, text_writer, write_files
@@ -33,14 +34,10 @@ def write_report(analysis: Analysis, folder: Path) -> list[Path]:
         _JSON: to_json(analysis, [picture.name for picture in pictures]),
     }
     files: dict[str, Callable[[Path], object]] = {name: text_writer(text) for name, text in texts.items()}
-    files |= {picture.name: _data_writer(picture) for picture in pictures}
+    files |= {picture.name: partial(Path.write_bytes, data=picture.data) for picture in pictures}
     stale = [name for name in _earlier_pictures(folder / _JSON) if name not in files]
     write_files(folder, files, stale)
     return [folder / name for name in files]
-
-
-def _data_writer(picture: Picture) -> Callable[[Path], object]:
-    return lambda path: path.write_bytes(picture.data)
 
 
 def _earlier_pictures(path: Path) -> Sequence[str]:
