@@ -38,6 +38,14 @@ def test_scans_are_read_without_loading_scikit_learn():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=250)
 
 
+def test_without_scikit_learn_the_scans_are_missed(monkeypatch):
+    monkeypatch.setattr("hybridvl.data.digits.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"^data\.task: the scanned digits are scikit-learn's, which is not installed"
+    ):
+        scans.__wrapped__()
+
+
 def test_splits_share_no_scan():
     splits = scan_splits()
     assert {name: len(numbers) for name, numbers in splits.items()} == {"train": 1297, "val": 200, "test": 300}

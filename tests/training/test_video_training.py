@@ -62,12 +62,12 @@ def data(rows: Path, packing: bool = False) -> ChatDataModule:
 @pytest.mark.parametrize("packing", [False, True])
 def test_two_steps_and_replies(rows: Path, tmp_path: Path, packing: bool) -> None:
     module = SupervisedTuning(tiny.net(), OptimizerConfig(lr=1e-2), reply_tokens=2)
-    before = module.net.visual.patch_embed.proj.weight.clone() if module.net.visual else None
+    assert module.net.visual is not None
+    before = module.net.visual.patch_embed.proj.weight.clone()
     trainer = tiny.trainer(tmp_path / "runs", 2, [])
     trainer.fit(module, datamodule=data(rows, packing))
     assert trainer.global_step == 2
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
-    assert module.net.visual is not None
     assert not torch.equal(before, module.net.visual.patch_embed.proj.weight)
     scores = trainer.test(module, datamodule=data(rows), verbose=False)
     assert set(scores[0]) >= {"test/exact"}
