@@ -1,10 +1,11 @@
-"""Kills a sweep of 24 short runs at random moments, its runs, or both, and counts what is lost or done twice.
+"""Kills a sweep of 24 short runs at random moments, its runs, or both, and counts what is lost, done twice, or other.
 
     python benchmarks/sweep_kills.py --root FOLDER
 
 The study is two-layer models on small pages of digits for a few steps. After each of the kills (SIGKILL) no process of
 the study may be left; the last sweep is let alone, and then every run must be done, through to its last line exactly
-once.
+once. The same study is then swept once more, elsewhere and without kills: every metric of every run must be equal to
+the last digit. The last line printed is a count of all that as JSON, and the exit status is 0 if it is as it should be.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "digits.yaml"
 PATTERNS = {"hybrid": "swa gdn", "window": "swa*2", "linear": "gdn*2", "mamba2": "mamba2*2"}
-STUDY = {
+STUDY: dict[str, Any] = {
     "name": "kills",
-    "root": "runs",
     "recipe": "digits.yaml",
     "overrides": {
         "trainer.max_steps": 30,
@@ -44,12 +45,14 @@ STUDY = {
     "seeds": list(range(6)),
     "metrics": ["val/exact"],
 }
+RUNS = len(PATTERNS) * len(STUDY["seeds"])
+KILLED, WHOLE = "runs", "whole"  # roots of the two studies
 VICTIMS = ("parent", "child", "both")
 GRACE = 10.0  # seconds in which the kernel must have ended what a killed process had started
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Kill, go on, count; returns 0 if nothing was lost or done twice and nobody was left behind."""
+    """Kill, go on, count, compare; returns 0 if nothing was lost, done twice or other, and nobody was left behind."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="an empty folder")
     parser.add_argument("--kills", type=int, default=5)
@@ -59,6 +62,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of moments and victims")
     chosen = parser.parse_args(arguments)
     chosen.root.mkdir(parents=True, exist_ok=True)
+    if any(chosen.root.iterdir()):
+        parser.error(f"--root: {chosen.root} is not empty")
     (chosen.root / "digits.yaml").write_text(OmegaConf.to_yaml(OmegaConf.load(RECIPE)))
     (chosen.root / "study.yaml").write_text(yaml.safe_dump(STUDY, sort_keys=False))
     rng = random.Random(chosen.seed)
@@ -72,19 +77,47 @@ def main(arguments: Sequence[str]) -> int:
             sweep.send_signal(signal.SIGTERM)  # the rest is stopped in order
         sweep.wait()
         orphans += _orphans(chosen.root)
-        done = sum(_is_done(path) for path in _runs(chosen.root))
-        print(f"kill {number + 1}: {victim} ({killed} processes), {done} of 24 done, {orphans} orphans", flush=True)
-    status = _start(chosen.root).wait()
-    completions = [_completions(path) for path in _runs(chosen.root)]
-    report = {"exit status": status, "runs": len(completions), "done": sum(map(_is_done, _runs(chosen.root)))}
-    report |= {"completed once": completions.count(1), "orphans": orphans + _orphans(chosen.root)}
+        done = len(results(chosen.root / KILLED))
+        print(f"kill {number + 1}: {victim} ({killed} processes), {done} of {RUNS} done, {orphans} orphans", flush=True)
+    report = {"exit status": _start(chosen.root).wait()}
+    completions = [_completions(path) for path in _runs(chosen.root / KILLED)]
+    killed_results = results(chosen.root / KILLED)
+    report |= {"runs": len(completions), "done": len(killed_results), "completed once": completions.count(1)}
+    report |= {"orphans": orphans + _orphans(chosen.root)}
+    report |= {"exit status without kills": _start(chosen.root, WHOLE).wait()}
+    different = differences(killed_results, results(chosen.root / WHOLE))
+    print("".join(f"{line}\n" for line in different), end="")
+    report |= {"different": len(different)}
     print(json.dumps(report))
-    return int(report != {"exit status": 0, "runs": 24, "done": 24, "completed once": 24, "orphans": 0})
+    counts = {"runs": RUNS, "done": RUNS, "completed once": RUNS}
+    return int(report != {**dict.fromkeys(report, 0), **counts})
 
 
-def _start(root: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "hybridvl", "sweep", "study.yaml"]
-    return subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL)
+def results(root: Path) -> dict[str, dict[str, float]]:
+    """The metrics of the runs that are done, by cell and seed."""
+    found = {}
+    for run in _runs(root):
+        path = run / "metrics.json"
+        facts = json.loads(path.read_text()) if path.exists() else {}
+        if "ended" in facts:
+            found[f"{run.parent.name}/{run.name}"] = facts["metrics"]
+    return found
+
+
+def differences(killed: Mapping[str, Mapping[str, float]], whole: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A line for each run of either study of which a metric is another, or that the other study has not."""
+    lines = []
+    for name in sorted({*killed, *whole}):
+        ends = [study.get(name) for study in (killed, whole)]
+        texts = [json.dumps(end, sort_keys=True) for end in ends]  # in which NaN is NaN
+        if texts[0] != texts[1] or not all(ends):
+            lines.append(f"{name}: {texts[0]}; without kills {texts[1]}")
+    return lines
+
+
+def _start(folder: Path, root: str = KILLED) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "hybridvl", "sweep", "study.yaml", f"--root={root}"]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
 
 
 def _kill(sweep: subprocess.Popen[bytes], victim: str, rng: random.Random) -> int:
@@ -116,12 +149,7 @@ def _working_in(root: Path) -> int:
 
 
 def _runs(root: Path) -> list[Path]:
-    return [path.with_suffix("") for path in sorted((root / "runs" / "kills").glob("*/seed_?.json"))]
-
-
-def _is_done(run: Path) -> bool:
-    path = run / "metrics.json"
-    return path.exists() and "ended" in json.loads(path.read_text())
+    return [path.with_suffix("") for path in sorted((root / "kills").glob("*/seed_?.json"))]
 
 
 def _completions(run: Path) -> int:
