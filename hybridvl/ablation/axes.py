@@ -101,6 +101,11 @@ def require_references(where: str, value: Any, shared: Mapping[str, Any], names:
             raise ConfigError(f"{where}: ${{{path}}}: no such axis; known are {known}")
 
 
+def is_excluded(labels: Mapping[str, str], exclude: Iterable[Mapping[str, str]]) -> bool:
+    """Whether a cell with these labels by axis, or each that has them among others, has all labels of an entry."""
+    return any(entry.items() <= labels.items() for entry in exclude)
+
+
 def label_of(value: Any) -> str:
     """The label of a value that has none of its own: its text, as YAML writes it."""
     if isinstance(value, float):

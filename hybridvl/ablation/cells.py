@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hybridvl.ablation.axes import axis_values
+from hybridvl.ablation.axes import axis_values, is_excluded
 from hybridvl.ablation.recipes import merged_recipe, same_recipe
 from hybridvl.ablation.study import Study
 from hybridvl.layers.errors import ConfigError
@@ -80,7 +80,7 @@ def baseline_of(study: Study, found: Sequence[Cell], cell: Cell) -> Cell | None:
     """
     labels = {**cell.labels, **study.baseline}
     if study.search is not None:
-        return None if any(entry.items() <= labels.items() for entry in study.exclude) else cell_of(study, labels)
+        return None if is_excluded(labels, study.exclude) else cell_of(study, labels)
     return next((other for other in found if other.labels == labels), None)
 
 

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -58,7 +58,7 @@ class Engine:
 
     Attributes:
         work: what is asked.
-        runs: those of the work.
+        runs: those of the work, and what was added.
         records: what stands on disk about each.
         statuses: of each run now; "running" here, or "elsewhere".
         reasons: why runs have failed of which the record could not be kept, by index.
@@ -73,22 +73,30 @@ class Engine:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.runs = list(work.runs)
-        self.records = [RunRecord(run.folder) for run in self.runs]
-        self.statuses: list[Status] = ["waiting"] * len(self.runs)
+        self.runs: list[Run] = []
+        self.records: list[RunRecord] = []
+        self.statuses: list[Status] = []
         self.reasons: dict[int, str] = {}
         self.troubles: list[str] = []
         self.signal: int | None = None
         self.ahead = 0
         # Before any look at how runs stand, so that a failure in between counts as one of this sweep.
         self.tried = work.tried if work.tried is not None else attempts_in(work.folder) if work.retry_failed else {}
-        for index, (run, record) in enumerate(zip(self.runs, self.records, strict=True)):
-            record.check(run.key)
-            state = record.state
-            if state in OVER:
-                self.statuses[index] = OVER[state]
-            elif state == "failed" and not self.tries_again(record) and not Hold.is_held(record):
-                self.statuses[index] = "failed"
+        for run in work.runs:
+            self.add(run)
+
+    def add(self, run: Run) -> int:
+        """Take up one more run, as it stands on disk; returns its index. ConfigError for other settings' runs."""
+        record = RunRecord(run.folder)
+        record.check(run.key)
+        state = record.state
+        status = OVER.get(state, "waiting")
+        if state == "failed" and not self.tries_again(record) and not Hold.is_held(record):
+            status = "failed"
+        self.runs.append(run)
+        self.records.append(record)
+        self.statuses.append(status)
+        return len(self.runs) - 1
 
     @property
     def left(self) -> list[Run]:
@@ -154,6 +162,11 @@ class Onlooker(Engine):
         except OSError as error:
             raise ConfigError(f"root: {folder}: {error.strerror}; expected a folder that can be written") from error
         self._came = 0
+
+    @property
+    def share(self) -> Work:
+        """What each of those processes is asked to do: what is left, together with the others."""
+        return replace(self.work, runs=self.left, watch=unwatched, tried=self.tried)
 
     @contextmanager
     def signals_handed_on(self, cancel: Callable[[], None] | None = None) -> Iterator[None]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hybridvl.ablation.engine import Engine, Onlooker, SignalFile, Work, unwatched
+from hybridvl.ablation.engine import Engine, Onlooker, SignalFile, Work
 from hybridvl.ablation.local import LocalEngine, Slot
 from hybridvl.ablation.records import Hold, RunRecord
 from hybridvl.layers.errors import ConfigError
@@ -39,7 +39,7 @@ def run_on_ray(work: Work, at_a_time: int | None, cores: int) -> Engine:
     except ModuleNotFoundError as error:
         raise ConfigError("--engine ray: Ray Tune is not installed; pip install 'hybridvl[ray]'") from error
     onlooker = Onlooker(work, work.folder / _FOLDER)
-    share = replace(work, runs=onlooker.left, watch=unwatched, tried=onlooker.tried)
+    share = onlooker.share
     if not share.runs:
         onlooker.follow(lambda: False)
         return onlooker

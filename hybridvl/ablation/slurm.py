@@ -8,11 +8,10 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hybridvl.ablation.engine import Engine, Onlooker, SignalFile, Work, unwatched
+from hybridvl.ablation.engine import Engine, Onlooker, SignalFile, Work
 from hybridvl.ablation.local import LocalEngine, own_slots
 from hybridvl.ablation.study import Study
 from hybridvl.layers.errors import ConfigError
@@ -58,8 +57,7 @@ def run_on_slurm(work: Work, jobs: int, settings: Mapping[str, Any], search: Stu
     parameters = {name: value for name, value in settings.items() if name not in (CLUSTER, TIMEOUTS)}
     folder = work.folder / ".slurm"
     onlooker = Onlooker(work, folder) if search is None else _search_onlooker(search, work, folder)
-    share = replace(work, runs=onlooker.left, watch=unwatched, tried=onlooker.tried)
-    count = min(jobs, len(share.runs) + onlooker.ahead)
+    count = min(jobs, len(onlooker.left) + onlooker.ahead)
     submitted: list[Any] = []
 
     def cancel() -> None:
@@ -73,7 +71,7 @@ def run_on_slurm(work: Work, jobs: int, settings: Mapping[str, Any], search: Stu
             executor = submitit.AutoExecutor(folder / "%j", cluster=cluster, slurm_max_num_timeout=timeouts)
             executor.update_parameters(**{"name": work.folder.name, **parameters})
             if count:
-                words = zip(*[(share, os.getcwd(), onlooker.signals, search)] * count, strict=True)
+                words = zip(*[(onlooker.share, os.getcwd(), onlooker.signals, search)] * count, strict=True)
                 with _deaf_to_interrupts():
                     submitted += executor.map_array(Share(), *words)
         except (NameError, ValueError, TypeError, RuntimeError) as error:
@@ -101,9 +99,7 @@ def work_on_share(work: Work, place: str, signals: SignalFile, search: Study | N
         return
     from hybridvl.ablation.search.engine import SearchEngine  # Optuna is for searches alone
 
-    engine = SearchEngine(search, own_slots(None), work.retry_failed, signals=signals)
-    engine.tried = engine.tried if work.tried is None else work.tried
-    engine.run()
+    SearchEngine(search, work, own_slots(None), signals).run()
 
 
 def _search_onlooker(search: Study, work: Work, folder: Path) -> Onlooker:

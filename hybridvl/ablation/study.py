@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from hybridvl.ablation.axes import OWN, SAYS, Axis, label_of, read_axes, require_references
+from hybridvl.ablation.axes import OWN, SAYS, Axis, is_excluded, label_of, read_axes, require_references
 from hybridvl.ablation.claims import read_claims, require_cells
 from hybridvl.ablation.search.space import SEARCH_KEYS, Search, read_search, telling_labels
 from hybridvl.layers.errors import ConfigError, within
@@ -109,7 +109,7 @@ class Study:
 def combinations(labels: Mapping[str, Sequence[str]], exclude: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
     """One label of each axis in every way, the last axis fastest, but for those that have all labels of an entry."""
     grid = [dict(zip(labels, chosen, strict=True)) for chosen in itertools.product(*labels.values())]
-    return [cell for cell in grid if not any(entry.items() <= cell.items() for entry in exclude)]
+    return [cell for cell in grid if not is_excluded(cell, exclude)]
 
 
 def read_study(path: Path, changes: Mapping[str, str] | None = None) -> Study:
@@ -118,8 +118,8 @@ def read_study(path: Path, changes: Mapping[str, str] | None = None) -> Study:
     Args:
         path: the file; recipes are looked up beside it.
         changes: YAML text by path in the file, in place of what the file says: name, root, values.NAME,
-            overrides.PATH, axes.NAME.key, axes.NAME.values, axes.NAME.range, match.KEY, search.KEY, and the other keys
-            as a whole.
+            overrides.PATH, axes.NAME.key, axes.NAME.values, axes.NAME.range, match.KEY, search.KEY; and recipe, seeds,
+            exclude, baseline, match, metrics and search as a whole.
 
     Raises:
         ConfigError: naming the file, the place in it, what stands there and what is accepted.
@@ -344,5 +344,5 @@ def _change(content: dict[str, Any], key: str, value: Any) -> None:
     else:
         raise ConfigError(
             f"{key}: expected name, root, recipe, values.NAME, overrides.PATH, axes.NAME.values, axes.NAME.range, "
-            "axes.NAME.key, match.KEY, search.KEY, seeds, exclude, baseline or metrics"
+            "axes.NAME.key, match, match.KEY, search, search.KEY, seeds, exclude, baseline or metrics"
         )

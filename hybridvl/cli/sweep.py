@@ -12,10 +12,11 @@ from typing import Any
 
 from hybridvl.ablation.cells import Run, cells, runs
 from hybridvl.ablation.engine import OVER, Engine, Work
-from hybridvl.ablation.local import LocalEngine, own_slots
+from hybridvl.ablation.local import LocalEngine, Slot, own_slots
 from hybridvl.ablation.matching import Matched, match_cells
 from hybridvl.ablation.ray_tune import run_on_ray
 from hybridvl.ablation.records import RunRecord
+from hybridvl.ablation.search.space import Search
 from hybridvl.ablation.slurm import run_on_slurm
 from hybridvl.ablation.study import Study, read_study
 from hybridvl.ablation.study_record import compare_study, record_study
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     slurm = {match["key"]: yaml_value(f"--slurm.{match['key']}", value) for match, value in slurm_flags}
     study = read_study(Path(options.file), {match["key"]: value for match, value in flags})
     if study.search is not None:
-        return _search(study, options, slurm)
+        return _search(study, study.search, options, slurm)
     matched = match_cells(study, cells(study))
     found = runs(study, [entry.cell for entry in matched])
     over = {*OVER, *([] if options.retry_failed else ["failed"])}
@@ -67,27 +68,30 @@ def main(argv: Sequence[str]) -> int:
     return _report(study, found, engine, view)
 
 
-def _search(study: Study, options: argparse.Namespace, slurm: Mapping[str, Any]) -> int:
+def _search(study: Study, search: Search, options: argparse.Namespace, slurm: Mapping[str, Any]) -> int:
     """The same for a study whose cells are chosen one after another."""
+    if options.engine == "ray":
+        raise ConfigError(
+            f"--engine ray: {study.path} has a search, whose trials are chosen one after another, and Ray is given all "
+            "runs at once; expected --engine slurm, or local, also on several machines that share the study's folder"
+        )
     from hybridvl.ablation.search.engine import SearchEngine  # Optuna, and Lightning, take long to import
     from hybridvl.cli.sweep_search import check_search, show_search, trial_lines
 
-    if options.engine == "ray":
-        raise ConfigError("--engine ray: searches run through --engine local, on several machines at once, or slurm")
     check_search(study)
-    places = own_slots(options.jobs)
     if options.dry_run:
         compare_study(study, options.extend)
-        show_search(study, places, options.probe)
+        print(f"{search.trials} trials x {len(study.seeds)} seeds, {_pace(options)}")
+        show_search(study, _at_a_time(options), _probed_in(options))
         return 0
     record_study(study, options.extend)
     with SweepView(study.metrics) as view:
+        work = Work([], study.folder, options.retry_failed, view)
         engine: Engine
         if options.engine == "slurm":
-            work = Work([], study.folder, options.retry_failed, view)
             engine = run_on_slurm(work, options.jobs or 1, slurm, study)
         else:
-            engine = searching = SearchEngine(study, places, options.retry_failed, view)
+            engine = searching = SearchEngine(study, work, own_slots(options.jobs))
             searching.run()
     return _report(study, engine.runs, engine, view, trial_lines(study))
 
@@ -126,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "--engine",
         choices=("local", "slurm", "ray"),
         default="local",
-        help="processes of this machine; jobs of Slurm, by submitit; trials of Ray Tune",
+        help="processes of this machine; jobs of Slurm, by submitit; trials of Ray Tune, but for a study with a search",
     )
     parser.add_argument(
         "--jobs",
@@ -165,6 +169,11 @@ def _at_a_time(options: argparse.Namespace) -> int:
     return len(own_slots(options.jobs)) if options.engine == "local" else options.jobs or 1
 
 
+def _probed_in(options: argparse.Namespace) -> Slot | None:
+    """Where a dry run measures some steps, as a run would have it; None where it does not."""
+    return own_slots(options.jobs if options.engine == "local" else None)[0] if options.probe else None
+
+
 def _show(
     study: Study,
     matched: Sequence[Matched],
@@ -174,11 +183,11 @@ def _show(
 ) -> None:
     """The cells, what they cost, and how long the runs that are left would take."""
     more = {}
-    if options.probe and left:
+    place = _probed_in(options)
+    if place is not None and left:
         from hybridvl.cli.sweep_probe import measured_times
 
         first = {run.cell.name: run for run in reversed(found)}
-        place = own_slots(options.jobs if options.engine == "local" else None)[0]
         seconds = dict(zip(first, measured_times(list(first.values()), place), strict=True))
         known = {name: value for name, value in seconds.items() if value is not None}
         times = [duration(known[entry.cell.name]) if entry.cell.name in known else "?" for entry in matched]

@@ -10,6 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from hybridvl.ablation.axes import Axis
 from hybridvl.ablation.cells import cell_of, cells, runs
 from hybridvl.ablation.local import Slot
 from hybridvl.ablation.matching import Matched, match_cells
@@ -38,27 +39,22 @@ def check_search(study: Study) -> None:
             )
 
 
-def show_search(study: Study, places: Sequence[Slot], probe: bool) -> None:
-    """What there is to choose from, and what the first trials cost."""
+def show_search(study: Study, at_a_time: int, place: Slot | None) -> None:
+    """What there is to choose from, and what the first trials cost.
+
+    Args:
+        study: a study with a search.
+        at_a_time: runs at a time.
+        place: where some steps of the first trials are measured; None: they are not.
+    """
     assert study.search is not None
-    search, console = study.search, table_console()
-    print(f"{search.trials} trials x {len(study.seeds)} seeds, {len(places)} runs at a time")
     for line in trial_lines(study):
         print(line)
-    space = Table(title="the space", title_justify="left", box=box.ROUNDED)
-    for heading in ("axis", "sets", "values"):
-        space.add_column(heading, overflow="fold")
-    for axis in study.axes:
-        numbers = axis.range
-        drawn = ", ".join(axis.values) if numbers is None else " to ".join(axis.values)
-        if numbers is not None:
-            drawn += f" in steps of {numbers.step:g}" if numbers.step else ", whole numbers" if numbers.is_whole else ""
-            drawn += ", by orders of magnitude" if numbers.log else ""
-        space.add_row(escape(axis.name), escape(axis.key or ""), escape(drawn))
-    console.print(space)
+    table_console().print(_space(study.axes))
     first = Trials(study, None)
     # What comes after the startup trials depends on how those end.
-    count = min(_SHOWN, search.trials, max(1, search.startup) if search.sampler == "tpe" else _SHOWN)
+    known = max(1, study.search.startup) if study.search.sampler == "tpe" else _SHOWN
+    count = min(_SHOWN, study.search.trials, known)
     asked = [trial for _ in range(count) if (trial := first.ask()) is not None]
     matched: list[Matched] = []
     for trial in asked:
@@ -66,18 +62,37 @@ def show_search(study: Study, places: Sequence[Slot], probe: bool) -> None:
             matched += match_cells(study, [cell_of(study, trial.labels)])
         except ConfigError as error:
             print(f"trial {trial.number} would fail: {error}")
-    more = {}
-    if probe and matched:
-        from hybridvl.cli.sweep_probe import measured_times
+    more = {} if place is None or not matched else _times(study, matched, at_a_time, place)
+    table_console().print(cell_table(study, matched, more, title=f"the first {len(asked)} trials"))
 
-        count = len(matched)
-        seconds = measured_times(runs(study, [entry.cell for entry in matched])[:count], places[0])
-        more = {"training\nof a run": ["?" if time is None else duration(time) for time in seconds]}
-        known = [time for time in seconds if time is not None]
-        if known:
-            total = fmean(known) * search.trials * len(study.seeds) / len(places)
-            print(f"about {duration(total)} of training if no trial is given up, by a few steps of the first {count}")
-    console.print(cell_table(study, matched, more, title=f"the first {len(asked)} trials"))
+
+def _space(axes: Sequence[Axis]) -> Table:
+    """What each axis sets, and to what."""
+    space = Table(title="the space", title_justify="left", box=box.ROUNDED)
+    for heading in ("axis", "sets", "values"):
+        space.add_column(heading, overflow="fold")
+    for axis in axes:
+        numbers = axis.range
+        drawn = ", ".join(axis.values) if numbers is None else " to ".join(axis.values)
+        if numbers is not None:
+            drawn += f" in steps of {numbers.step:g}" if numbers.step else ", whole numbers" if numbers.is_whole else ""
+            drawn += ", by orders of magnitude" if numbers.log else ""
+        space.add_row(escape(axis.name), escape(axis.key or ""), escape(drawn))
+    return space
+
+
+def _times(study: Study, matched: Sequence[Matched], at_a_time: int, place: Slot) -> dict[str, list[str]]:
+    """A column of how long the runs of the first trials would take; says how long the whole search would."""
+    from hybridvl.cli.sweep_probe import measured_times
+
+    assert study.search is not None
+    count = len(matched)
+    seconds = measured_times(runs(study, [entry.cell for entry in matched])[:count], place)
+    known = [time for time in seconds if time is not None]
+    if known:
+        total = fmean(known) * study.search.trials * len(study.seeds) / at_a_time
+        print(f"about {duration(total)} of training if no trial is given up, by a few steps of the first {count}")
+    return {"training\nof a run": ["?" if time is None else duration(time) for time in seconds]}
 
 
 def trial_lines(study: Study) -> list[str]:

@@ -6,31 +6,14 @@ import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import yaml
+from tiny_net import NET
 
 from hybridvl.ablation import local
 from hybridvl.ablation.study import Study, read_study
 
-BASE: dict[str, Any] = {
-    "model": {
-        "net": {
-            "pattern": "swa gdn",
-            "width": 32,
-            "mlp_width": 64,
-            "vocab_size": 1024,
-            "image_token_id": 6,
-            "video_token_id": 7,
-            "vision_start_token_id": 3,
-            "mixers": {
-                "swa": {"heads": 2, "kv_heads": 1, "head_dim": 16, "window": 16},
-                "gdn": {"heads": 2, "head_dim": 8},
-            },
-        }
-    }
-}
 STUDY = """
 name: n
 root: ROOT
@@ -71,7 +54,7 @@ print("through", flush=True)
 
 def study_of(folder: Path, text: str = STUDY, changes: dict[str, str] | None = None) -> Study:
     """The study that a text describes, beside a small recipe."""
-    (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
+    (folder / "base.yaml").write_text(yaml.safe_dump({"model": {"net": NET}}))
     (folder / "study.yaml").write_text(text.replace("ROOT", str(folder / "runs")))
     return read_study(folder / "study.yaml", changes or {})
 

@@ -49,7 +49,8 @@ def _study(folder: Path, name: str = "n", **changes: str) -> Study:
 
 
 def _run(study: Study, places: int = 1, retry_failed: bool = False) -> SearchEngine:
-    engine = SearchEngine(study, [Slot((0,), bound=False)] * places, retry_failed)
+    work = Work([], study.folder, retry_failed)
+    engine = SearchEngine(study, work, [Slot((0,), bound=False)] * places)
     engine.run()
     return engine
 
@@ -143,7 +144,7 @@ def test_killed_sweeps_lose_and_double_nothing(tmp_path: Path) -> None:
 
 def test_a_signal_stops_and_the_next_sweep_goes_on(tmp_path: Path) -> None:
     study = _study(tmp_path, trials="4")
-    engine = SearchEngine(study, [Slot((0,), bound=False)])
+    engine = SearchEngine(study, Work([], study.folder), [Slot((0,), bound=False)])
     timer = threading.Timer(0.3, lambda: signal.raise_signal(signal.SIGTERM))
     began = time.monotonic()
     handler = signal.getsignal(signal.SIGTERM)
@@ -243,6 +244,12 @@ def test_who_looks_on_counts_by_how_runs_stand_now(tmp_path: Path) -> None:
     assert onlooker.statuses.count("failed") == failed
     assert onlooker.statuses.count("done") == 2 * (5 - failed)
     assert onlooker.ahead == 0
+    # Nobody is asked to do what has failed, unless that is wanted; those who are choose the runs themselves.
+    for retry_failed in (False, True):
+        work = Work([], study.folder, retry_failed)
+        again = SearchOnlooker(study, work, study.folder / ".slurm")
+        assert len(again.left) + again.ahead == (2 * failed if retry_failed else 0)
+        assert again.share.runs == ()
 
 
 def test_once_there_is_no_more_to_choose_nobody_asks_all_the_time(
@@ -264,12 +271,3 @@ def test_once_there_is_no_more_to_choose_nobody_asks_all_the_time(
     _run(_study(tmp_path, trials="2"), places=5)
     assert 1 <= sum(asked) <= len(looks)
     assert asked.count(False) == 2
-
-
-def test_lines_about_validations(tmp_path: Path) -> None:
-    record = RunRecord(tmp_path / "a" / "seed_0")
-    assert record.validations == []
-    record.folder.mkdir(parents=True)
-    text = '{"step": 1, "metrics": {}}\n{"step": 2, "met\n[1]\n{"step": 2, "metrics": {"val/loss": NaN}}\n{"step": 3'
-    (record.folder / "validations.jsonl").write_text(text)
-    assert [entry["step"] for entry in record.validations] == [1, 2]

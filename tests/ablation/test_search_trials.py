@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState, create_trial
 from search_cases import study_of
 
@@ -278,6 +280,17 @@ def test_reports_are_not_lost_or_doubled_by_kills(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (folder / JOURNAL).read_text().splitlines()]
     assert [line["step"] for line in lines if "intermediate_value" in line] == [10, 20, 30, 40]
     assert Trials(study, folder).all()[0].value == 1.0
+
+
+def test_optunas_own_tools_read_the_journal(tmp_path: Path) -> None:
+    study = study_of(tmp_path, changes={"search.sampler": "random"})
+    found = _search(tmp_path / "runs", study)
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "runs" / JOURNAL)))
+    shown = optuna.load_study(study_name=None, storage=storage)
+    assert [(trial.number, labels_of(trial.params), trial.value) for trial in shown.trials] == [
+        (trial.number, trial.labels, trial.value) for trial in found
+    ]
+    assert shown.best_value == min(_loss(trial) for trial in found)
 
 
 def test_a_failed_trial_may_yet_come_to_a_value(tmp_path: Path) -> None:

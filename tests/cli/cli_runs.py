@@ -10,36 +10,12 @@ from typing import Any
 
 import torch
 import yaml
+from tiny_net import NET
 
 RECIPE = {
     "seed_everything": 5,
     "model": {
-        "net": {
-            "pattern": "(swa gdn)",
-            "width": 32,
-            "mlp_width": 64,
-            "vocab_size": 1024,
-            "image_token_id": 6,
-            "video_token_id": 7,
-            "vision_start_token_id": 3,
-            "mixers": {
-                "full": {"heads": 2, "kv_heads": 1, "head_dim": 16},
-                "swa": {"heads": 2, "kv_heads": 1, "head_dim": 16, "window": 16},
-                "gdn": {"heads": 2, "head_dim": 8},
-                "mamba2": {"head_dim": 16, "state_dim": 16},
-            },
-            "vision": {
-                "depth": 1,
-                "width": 32,
-                "heads": 2,
-                "mlp_width": 32,
-                "patch_size": 4,
-                "temporal_patch_size": 1,
-                "window_size": 16,
-                "full_attention_blocks": [0],
-                "channels": 1,
-            },
-        },
+        "net": NET,
         "optimizer": {"lr": 0.003, "warmup_steps": 2},
         "reply_tokens": 6,
     },

@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
-import cli_runs
 import pytest
+import sweep_runs
+from sweep_runs import MIXER, swept
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hybridvl.ablation import slurm
 from hybridvl.cli import main
 
-FAULT = "HYBRIDVL_TEST_FAULT"
 RECIPE = """
 run: {threads: 1, test: false}
 trainer: {max_steps: 8, val_check_interval: 2, callbacks: [{class_path: disk_faults.Ended}]}
 """
-STUDY = """
-name: study
-root: runs
-recipe: tiny.yaml
+STUDY = f"""
 axes:
-  lr: {key: model.optimizer.lr, range: {low: 1.0e-5, high: 3.0e-3, log: true}}
-  mixer: {key: model.net.pattern, values: {hybrid: swa gdn, window: swa*2}}
-baseline: {lr: 0.003, mixer: hybrid}
-search: {sampler: random, trials: 2, metric: val/loss, direction: min, pruner: median, startup: 1, seed: 1}
+  lr: {{key: model.optimizer.lr, range: {{low: 1.0e-5, high: 3.0e-3, log: true}}}}
+  {MIXER}
+baseline: {{lr: 0.003, mixer: hybrid}}
+search: {{sampler: random, trials: 2, metric: val/loss, direction: min, pruner: median, startup: 1, seed: 1}}
 """
 
 
@@ -37,44 +32,45 @@ search: {sampler: random, trials: 2, metric: val/loss, direction: min, pruner: m
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe and a study beside each other."""
     found = tmp_path_factory.mktemp("search")
-    recipe = cli_runs.recipe(found, "tiny", RECIPE)
-    recipe.write_text(recipe.read_text().replace(str(found), "."))
-    (found / "study.yaml").write_text(STUDY)
+    sweep_runs.write(found, STUDY, RECIPE)
     return found
-
-
-def _sweep(folder: Path, *arguments: str, fault: str | None = None) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    return subprocess.run(
-        [Path(sys.executable).parent / "hybridvl", "sweep", "study.yaml", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths, **({} if fault is None else {FAULT: fault})},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
 
 
 def test_a_dry_run_shows_the_space_and_leaves_nothing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     before = sorted(folder.iterdir())
     assert main(["sweep", "study.yaml", "--dry-run", "--no-probe", "--search.trials", "7", "--jobs", "3"]) == 0
     out = capsys.readouterr().out
-    assert "7 trials x 1 seeds, 3 runs at a time" in out
+    assert out.startswith("7 trials x 1 seeds, 3 at a time\n")
     assert "1.0e-05 to 0.003, by orders of magnitude" in out
     rows = [line.split("│") for line in out[out.index("the first 5 trials") :].splitlines() if line.startswith("│ 0")]
     assert [cell.strip() for cell in rows[0][1:4]] == ["0.003", "hybrid", "81,492"]
     assert len(rows) == 5
+    jobs = ["--engine", "slurm", "--jobs", "2"]
+    assert main(["sweep", "study.yaml", "--dry-run", "--no-probe", *jobs]) == 0
+    assert capsys.readouterr().out.startswith("2 trials x 1 seeds, by 2 jobs, each with one at a time or more\n")
     assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_ray_is_refused(
+    more: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    assert main(["sweep", "study.yaml", "--root", str(tmp_path), "--engine", "ray", *more]) == 2
+    assert capsys.readouterr() == (
+        "",
+        "error: --engine ray: study.yaml has a search, whose trials are chosen one after another, and Ray is given all "
+        "runs at once; expected --engine slurm, or local, also on several machines that share the study's folder\n",
+    )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--engine", "ray"], "--engine ray: searches run through --engine local"),
         (["--search.metric", "test/exact"], "search.metric: 'test/exact'; expected the tag of a metric of the valid"),
         (["--axes.lr.key", "model.net.width"], "width: 0.003; expected a whole number"),
         (
@@ -97,7 +93,6 @@ def test_mistakes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     assert main(["sweep", "study.yaml", *arguments]) == 2
     assert message in capsys.readouterr().err
 
@@ -106,7 +101,6 @@ def test_a_search_whose_jobs_died_is_not_done(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setattr(slurm, "_GRACE", 0.5)
     jobs = ["--engine", "slurm", "--slurm.cluster", "local", "--slurm.local_setup", "[exit 3]"]
     assert main(["sweep", "study.yaml", "--root", str(tmp_path), *jobs]) == 1
@@ -119,20 +113,19 @@ def test_a_search_whose_jobs_died_is_not_done(
 def test_a_killed_search_goes_on_and_its_trials_are_counted(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert _sweep(folder, "--jobs", "1", fault="pipeline SIGKILL").returncode == -signal.SIGKILL
+    swept(folder, "--jobs", "1", status=-signal.SIGKILL, fault="pipeline SIGKILL")
     run = folder / "runs" / "study" / "lr=0.003,mixer=hybrid" / "seed_0"
     assert not (run / "metrics.json").exists()
-    ended = _sweep(folder, "--jobs", "1")
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "study: 1 of 2 done, 1 pruned" in ended.stdout
-    assert "trials       2 of 2 chosen: 1 complete, 1 pruned" in ended.stdout
+    out = swept(folder, "--jobs", "1")
+    assert "study: 1 of 2 done, 1 pruned" in out
+    assert "trials       2 of 2 chosen: 1 complete, 1 pruned" in out
     start = json.loads(run.with_name("seed_0.json").read_text())
     assert start["attempts"] == 2
     assert start["arguments"][-1].endswith("checkpoints/last.ckpt")
     facts = json.loads((run / "metrics.json").read_text())
     found = facts["metrics"]["val/loss"]
     assert facts["parameters"] == 81_492  # as in the dry run
-    assert f"best         val/loss {found:.4f} with lr=0.003, mixer=hybrid" in ended.stdout
+    assert f"best         val/loss {found:.4f} with lr=0.003, mixer=hybrid" in out
 
     # The lines that decided are what TensorBoard shows.
     lines = [json.loads(line) for line in (run / "validations.jsonl").read_text().splitlines()]
@@ -152,14 +145,15 @@ def test_a_killed_search_goes_on_and_its_trials_are_counted(
     capsys.readouterr()
     assert main(["report", "runs/study"]) == 0
     assert "1 done, 1 pruned" in capsys.readouterr().out
+    assert main(["sweep", "study.yaml", "--dry-run", "--no-probe"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:3] == out.splitlines()[-4:-2]
     report = next(folder.rglob("report.md")).read_text()
     assert "pruned: at step 2, with val/loss " in report
     assert f"lr=0.003, mixer=hybrid is best by val/loss ({found:.4g}), which chose it among 1; 2 of 2 trials" in report
 
     # One more trial, by a job of submitit's local executor.
     jobs = ["--engine", "slurm", "--jobs", "2", "--slurm.cluster", "local", "--slurm.timeout_min=5"]
-    ended = _sweep(folder, "--search.trials", "3", "--extend", *jobs)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "trials       3 of 3 chosen: " in ended.stdout
-    assert "running   lr=" in ended.stdout
+    out = swept(folder, "--search.trials", "3", "--extend", *jobs)
+    assert "trials       3 of 3 chosen: " in out
+    assert "running   lr=" in out
     assert len(list((folder / "runs" / "study").glob("lr=*"))) == 3

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,17 +13,14 @@ from typing import Any
 
 import cli_runs
 import pytest
+import sweep_runs
 import torch
+from sweep_runs import MIXER, swept
 
 from hybridvl.cli import main
 
-FAULT = "HYBRIDVL_TEST_FAULT"
 RECIPE = "{run: {threads: 1}, trainer: {max_steps: 8, callbacks: [{class_path: disk_faults.Ended}]}}"
-MIXER = "mixer: {key: model.net.pattern, values: {hybrid: swa gdn, window: swa*2}}"
 STUDY = f"""
-name: study
-root: runs
-recipe: tiny.yaml
 axes:
   {MIXER}
 seeds: [0, 1]
@@ -33,31 +29,7 @@ metrics: [val/exact]
 
 
 def _write(folder: Path, study: str = STUDY) -> None:
-    cli_runs.recipe(folder, "tiny", RECIPE)
-    recipe = folder / "tiny.yaml"
-    recipe.write_text(recipe.read_text().replace(str(folder), "."))  # the same in every folder
-    (folder / "study.yaml").write_text(study)
-
-
-def _sweep(folder: Path, *arguments: str, fault: str | None = None) -> subprocess.Popen[str]:
-    paths = os.pathsep.join([str(folder), str(Path(__file__).parent), *sys.path])
-    faults = {} if fault is None else {FAULT: fault}
-    return subprocess.Popen(
-        [Path(sys.executable).parent / "hybridvl", "sweep", "study.yaml", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", **faults},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def _ended(process: subprocess.Popen[str], status: int) -> str:
-    """What a sweep has printed, once it has ended with a status."""
-    out, err = process.communicate(timeout=250)
-    assert process.returncode == status, out + err
-    assert "Traceback" not in err
-    return out
+    sweep_runs.write(folder, study, RECIPE)
 
 
 def _starts(folder: Path) -> dict[str, dict[str, Any]]:
@@ -84,9 +56,9 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a study that two sweeps have worked on from its beginning."""
     folder = tmp_path_factory.mktemp("shared")
     _write(folder)
-    both = [_sweep(folder, "--jobs", "1") for _ in range(2)]
+    both = [sweep_runs.started(folder, "--jobs", "1") for _ in range(2)]
     for process in both:
-        out = _ended(process, 0)
+        out, _ = sweep_runs.ended(process)
         assert "study: 4 of 4 done" in out
         assert "report       hybridvl report runs/study" in out
     return folder
@@ -118,14 +90,14 @@ def test_what_is_done_is_left_alone(
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
 def test_killed_parents_and_children_lose_nothing(shared: Path, tmp_path: Path) -> None:
     _write(tmp_path, STUDY.replace("[0, 1]", "[0]"))
-    _ended(_sweep(tmp_path, "--jobs", "2", fault="pipeline SIGKILL"), -signal.SIGKILL)
+    swept(tmp_path, "--jobs", "2", fault="pipeline SIGKILL", status=-signal.SIGKILL)
     until = time.monotonic() + 20
     while _alive(tmp_path) and time.monotonic() < until:
         time.sleep(0.1)
     assert _alive(tmp_path) == []
-    out = _ended(_sweep(tmp_path, "--jobs", "2", fault="stage SIGKILL"), 1)
+    out = swept(tmp_path, "--jobs", "2", fault="stage SIGKILL", status=1)
     assert "0 of 2 done, 2 stopped" in out
-    out = _ended(_sweep(tmp_path, "--jobs", "2"), 0)
+    out = swept(tmp_path, "--jobs", "2")
     assert "2 of 2 done" in out
     for name, start in _starts(tmp_path).items():
         assert start["arguments"][-1].endswith("checkpoints/last.ckpt")
@@ -157,7 +129,7 @@ def test_a_dry_run_measures_a_few_steps_and_leaves_nothing(tmp_path: Path) -> No
     recipe.write_text(text.replace("disk_faults.Ended", "stray_lines.Stray"))
     (tmp_path / "stray_lines.py").write_text(STRAY)
     before = sorted(tmp_path.iterdir())
-    out = _ended(_sweep(tmp_path, "--dry-run", "--jobs", "1"), 0)
+    out = swept(tmp_path, "--dry-run", "--jobs", "1")
     assert sorted(tmp_path.iterdir()) == before
     assert "4 of 4 runs to do, 1 at a time" in out
     assert re.search(r"about \d+ h \d\d min of training, and 2 runs of unknown length, by a few steps of", out)
@@ -168,19 +140,19 @@ def test_a_dry_run_measures_a_few_steps_and_leaves_nothing(tmp_path: Path) -> No
 
 def test_a_signal_stops_in_order_and_failures_are_kept(tmp_path: Path) -> None:
     _write(tmp_path, STUDY.replace("[0, 1]", "[0]").replace(MIXER, "tokens: {key: data.max_tokens, values: [256, 8]}"))
-    out = _ended(_sweep(tmp_path, "--jobs", "1", fault="pipeline SIGTERM"), 128 + signal.SIGTERM)
+    out = swept(tmp_path, "--jobs", "1", fault="pipeline SIGTERM", status=128 + signal.SIGTERM)
     assert "stopped   runs/study/tokens=256/seed_0" in out
     assert "the same command goes on" in out
-    out = _ended(_sweep(tmp_path), 1)
+    out = swept(tmp_path, status=1)
     assert "1 of 2 done, 1 failed" in out
     failed = "failed    runs/study/tokens=8/seed_0: "
     reason = next(line for line in out.splitlines() if line.startswith(failed)).removeprefix(failed)
     assert "data.max_tokens" in reason
     assert "seed_0.log" in reason
     assert _starts(tmp_path)["tokens=8/seed_0"]["attempts"] == 1
-    _ended(_sweep(tmp_path), 1)
+    swept(tmp_path, status=1)
     assert _starts(tmp_path)["tokens=8/seed_0"]["attempts"] == 1
-    _ended(_sweep(tmp_path, "--retry-failed"), 1)
+    swept(tmp_path, "--retry-failed", status=1)
     assert [start["attempts"] for start in _starts(tmp_path).values()] == [2, 2]
 
 

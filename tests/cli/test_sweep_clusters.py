@@ -179,11 +179,14 @@ def test_nothing_is_submitted_when_nothing_is_left(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / ".ray").exists()
 
 
-def test_jobs_that_fail_are_told_with_their_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("runs", "jobs"), [(3, 2), (1, 4)])
+def test_jobs_that_fail_are_told_with_their_logs(
+    runs: int, jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(slurm, "_GRACE", 0.5)
-    engine = run_on_slurm(_work(tmp_path, 3, done=False), 2, {"cluster": "local", "local_setup": ["exit 3"]})
-    assert engine.statuses == ["stopped"] * 3
-    assert len(engine.troubles) == 2
+    engine = run_on_slurm(_work(tmp_path, runs, done=False), jobs, {"cluster": "local", "local_setup": ["exit 3"]})
+    assert engine.statuses == ["stopped"] * runs
+    assert len(engine.troubles) == min(runs, jobs)  # there are no more jobs than runs
     for trouble in engine.troubles:
         assert trouble.startswith("job ")
         assert "failed: it has printed nothing" in trouble

@@ -3,44 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cli_runs
 import pytest
+import sweep_runs
 import torch
+from sweep_runs import MIXER
 
-STUDY = """
-name: study
-root: runs
-recipe: tiny.yaml
+STUDY = f"""
 axes:
-  mixer: {key: model.net.pattern, values: {hybrid: swa gdn, window: swa*2}}
+  {MIXER}
 seeds: [0]
 metrics: [val/exact]
 """
+RECIPE = "{run: {threads: 1, test: false}, trainer: {max_steps: 4}}"
 ENGINES = {
     "local": [],
     "slurm": ["--engine", "slurm", "--jobs", "2", "--slurm.cluster", "local", "--slurm.timeout_min=5"],
     "ray": ["--engine", "ray", "--jobs", "2"],
 }
-
-
-def _sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    folder.mkdir(exist_ok=True)
-    recipe = cli_runs.recipe(folder, "tiny", "{run: {threads: 1, test: false}, trainer: {max_steps: 4}}")
-    recipe.write_text(recipe.read_text().replace(str(folder), "."))
-    (folder / "study.yaml").write_text(STUDY)
-    return subprocess.run(
-        [Path(sys.executable).parent / "hybridvl", "sweep", "study.yaml", *arguments],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +31,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("engines")
     found = {}
     for engine, arguments in ENGINES.items():
-        ended = _sweep(root / engine, *arguments)
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        assert "study: 2 of 2 done" in ended.stdout
+        sweep_runs.write(root / engine, STUDY, RECIPE)
+        assert "study: 2 of 2 done" in sweep_runs.swept(root / engine, *arguments)
         found[engine] = root / engine / "runs" / "study"
     return found
 
@@ -77,14 +58,12 @@ def test_tune_leaves_no_event_files_of_its_own(done: dict[str, Path]) -> None:
 
 
 def test_what_submitit_does_not_know_is_refused(done: dict[str, Path]) -> None:
-    ended = _sweep(done["slurm"].parents[1], "--engine", "slurm", "--slurm.cluster", "local", "--slurm.partitoin", "x")
-    assert ended.returncode == 2
-    assert ended.stderr.startswith("error: --slurm: ")
-    assert "partitoin" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    wrong = ["--engine", "slurm", "--slurm.cluster", "local", "--slurm.partitoin", "x"]
+    _, error = sweep_runs.ended(sweep_runs.started(done["slurm"].parents[1], *wrong), 2)
+    assert error.startswith("error: --slurm: ")
+    assert "partitoin" in error
 
 
 def test_settings_of_slurm_need_its_engine(done: dict[str, Path]) -> None:
-    ended = _sweep(done["local"].parents[1], "--slurm.partition", "x")
-    assert ended.returncode == 2
-    assert ended.stderr == "error: --slurm.partition: expected --engine slurm with it\n"
+    _, error = sweep_runs.ended(sweep_runs.started(done["local"].parents[1], "--slurm.partition", "x"), 2)
+    assert error == "error: --slurm.partition: expected --engine slurm with it\n"

@@ -6,16 +6,16 @@ import math
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from hybridvl.ablation.cells import Run, cell_of, runs
-from hybridvl.ablation.engine import OVER, Engine, Onlooker, SignalFile, Work, unwatched
+from hybridvl.ablation.engine import Engine, Onlooker, SignalFile, Work
 from hybridvl.ablation.local import LocalEngine, Slot
 from hybridvl.ablation.matching import match_cells
 from hybridvl.ablation.records import RunRecord
-from hybridvl.ablation.search.trials import Point, Trial, Trials
+from hybridvl.ablation.search.trials import Ending, Point, Trial, Trials
 from hybridvl.ablation.study import Study
 from hybridvl.layers.errors import ConfigError
 
@@ -30,21 +30,13 @@ class SearchEngine(LocalEngine):
 
     Args:
         study: a study with a search.
+        work: without runs, which follow from the search.
         places: where; one process each at a time.
-        retry_failed: whether runs that have failed are tried again.
-        watch: called with the engine some times a second, and once at the end.
         signals: that it gets by a file, besides those of its own process.
     """
 
-    def __init__(
-        self,
-        study: Study,
-        places: Sequence[Slot],
-        retry_failed: bool = False,
-        watch: Callable[[Engine], None] = unwatched,
-        signals: SignalFile | None = None,
-    ) -> None:
-        super().__init__(Work([], study.folder, retry_failed, watch), places, signals)
+    def __init__(self, study: Study, work: Work, places: Sequence[Slot], signals: SignalFile | None = None) -> None:
+        super().__init__(work, places, signals)
         assert study.search is not None
         self._study, self._search = study, study.search
         self._trials = Trials(study, study.folder)
@@ -143,7 +135,7 @@ class SearchEngine(LocalEngine):
         elif status == "failed":
             self._told(trial, first, "failed")
 
-    def _told(self, trial: Trial, first: int, value: Any) -> None:
+    def _told(self, trial: Trial, first: int, value: Ending) -> None:
         if trial.state == "running" or (trial.state == "failed" and value != "failed"):
             self._trials.tell(trial, value)
             self._open.pop(first, None)
@@ -220,6 +212,11 @@ class SearchOnlooker(Onlooker):
         self._take_up()
         self._chosen.count_ahead()
 
+    @property
+    def share(self) -> Work:
+        """The same, without runs: the processes choose them."""
+        return replace(super().share, runs=())
+
     def _look(self) -> None:
         self._take_up()
         super()._look()
@@ -243,15 +240,9 @@ class _Chosen:
 
         Nowhere, if the trial has none, as its budget cannot be matched.
         """
-        engine = self._engine
         known = self._places.setdefault(trial.number, [])
         for run in self._runs(trial)[len(known) : count]:
-            record = RunRecord(run.folder)
-            record.check(run.key)
-            known.append(len(engine.runs))
-            engine.runs.append(run)
-            engine.records.append(record)
-            engine.statuses.append(OVER.get(record.state, "waiting"))
+            known.append(self._engine.add(run))
         return known
 
     def begun(self, trial: Trial) -> int:

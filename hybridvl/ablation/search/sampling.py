@@ -14,7 +14,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.study import Study as OptunaStudy
 from optuna.trial import FrozenTrial
 
-from hybridvl.ablation.axes import Axis, label_of
+from hybridvl.ablation.axes import Axis, is_excluded, label_of
 from hybridvl.ablation.ranges import Range
 from hybridvl.ablation.search.space import Search
 
@@ -114,7 +114,7 @@ class CellSampler(BaseSampler):
             }
         labels = [dict(zip(self._values, chosen, strict=True)) for chosen in itertools.product(*self._values.values())]
         draws.shuffle(labels)
-        left = [own for own in labels if not any(entry.items() <= own.items() for entry in self._exclude)]
+        left = [own for own in labels if not is_excluded(own, self._exclude)]
         for own in left:
             for _ in range(_ATTEMPTS if self._ranges else 1):
                 sampler = RandomSampler(draws.randrange(2**32))
@@ -129,8 +129,7 @@ class CellSampler(BaseSampler):
 
     def _is_new(self, params: Mapping[str, Any]) -> bool:
         labels = labels_of(params)
-        excluded = any(entry.items() <= labels.items() for entry in self._exclude)
-        return not excluded and frozenset(labels.items()) not in self._taken
+        return not is_excluded(labels, self._exclude) and frozenset(labels.items()) not in self._taken
 
     def _nearest(self, name: str, value: Any) -> Any:
         return self._ranges[name].nearest(value) if name in self._ranges else value

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from hybridvl.ablation.axes import Axis
+from hybridvl.ablation.axes import Axis, is_excluded
 from hybridvl.layers.errors import ConfigError
 from hybridvl.pipeline.mappings import require_known, require_mapping
 
@@ -19,7 +19,6 @@ Direction = Literal["max", "min"]
 SEARCH_KEYS = ("sampler", "trials", "metric", "direction", "pruner", "seed", "startup")
 """Keys of a search."""
 
-_STARTUP = 5
 _MOST_COUNTED = 100_000  # cells that are looked at one by one
 
 
@@ -43,7 +42,7 @@ class Search:
     sampler: Sampler = "tpe"
     pruner: Pruner = "none"
     seed: int = 0
-    startup: int = _STARTUP
+    startup: int = 5
 
 
 def read_search(given: Any, axes: Sequence[Axis], exclude: Sequence[Mapping[str, str]]) -> Search | None:
@@ -99,7 +98,7 @@ def space_size(axes: Sequence[Axis], exclude: Sequence[Mapping[str, str]]) -> in
     if math.prod(len(own) for own in named.values()) > _MOST_COUNTED:
         return None
     cells = (dict(zip(named, chosen, strict=True)) for chosen in itertools.product(*named.values()))
-    left = sum(not any(entry.items() <= cell.items() for entry in exclude) for cell in cells)
+    left = sum(not is_excluded(cell, exclude) for cell in cells)
     free = (len(own) for name, own in labels.items() if name not in named)
     return left * math.prod(free) * math.prod(count for count in ranges if count is not None)
 
@@ -142,7 +141,7 @@ def _allowed(
     named = [name for name in labels if name not in fixed and any(name in entry for entry in exclude)]
 
     def tried(chosen: dict[str, str], count: int) -> dict[str, str] | None:
-        if any(entry.items() <= chosen.items() for entry in exclude):
+        if is_excluded(chosen, exclude):
             return None
         if count == len(named):
             return chosen

@@ -29,7 +29,11 @@ _CAME_THROUGH = "came_through"  # of a trial whose first run was not given up
 _RESOURCES = "resources"  # optimizer steps of the first validation and of the whole fit
 _REDUCTION = 3  # of successive halving: one in so many goes on
 
-_STATES: dict[TrialState, Literal["running", "complete", "pruned", "failed"]] = {
+State = Literal["running", "complete", "pruned", "failed"]
+Ending = float | Literal["pruned", "failed"]
+"""Of a trial: its value, or how it came to none."""
+
+_STATES: dict[TrialState, State] = {
     TrialState.RUNNING: "running",
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "pruned",
@@ -51,7 +55,7 @@ class Trial:
 
     number: int
     labels: Labels
-    state: Literal["running", "complete", "pruned", "failed"]
+    state: State
     value: float | None
     given_up: int | None = None
 
@@ -91,7 +95,7 @@ class Trials:
         with self._locked():
             if folder is not None:
                 path = folder / JOURNAL
-                self._storage = JournalStorage(JournalFileBackend(str(path), _Locked(str(path))))
+                self._storage = JournalStorage(JournalFileBackend(str(path), _NoLock(str(path))))
             self._optuna = optuna.create_study(
                 storage=self._storage,
                 study_name=_NAME,
@@ -158,7 +162,7 @@ class Trials:
                 self._storage.set_trial_user_attr(number, _CAME_THROUGH, True)
         return None
 
-    def tell(self, trial: Trial, value: float | Literal["pruned", "failed"]) -> None:
+    def tell(self, trial: Trial, value: Ending) -> None:
         """Say how a trial ended, unless that is known; one that had failed may have come to a value after all."""
         with self._locked():
             known = self._optuna.get_trials(False)[trial.number]
@@ -224,8 +228,8 @@ class Trials:
                 raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
 
 
-class _Locked(JournalFileOpenLock):
-    """No lock of the journal's own, whose leftovers would stop others: all that is written is so within `_locked`."""
+class _NoLock(JournalFileOpenLock):
+    """In place of the journal's own lock, whose leftovers would stop others: all is written within `Trials._locked`."""
 
     def acquire(self) -> bool:
         return True
