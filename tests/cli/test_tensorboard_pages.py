@@ -63,16 +63,18 @@ def address(study: Path) -> Iterator[str]:
         command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(study), *where]
         server = subprocess.Popen(command, stdout=output, stderr=output)
     until = time.monotonic() + 120
-    while not (found := re.search(r"http://[\d.]+:\d+/", log.read_text())):
-        assert server.poll() is None, log.read_text()
-        assert time.monotonic() < until, log.read_text()
-        time.sleep(0.2)
-    while set(_asked(f"{found[0]}data/runs")) < RUNS:  # it reads the files meanwhile
-        assert time.monotonic() < until
-        time.sleep(0.2)
-    yield found[0]
-    server.terminate()
-    server.wait(20)
+    try:
+        while not (found := re.search(r"http://[\d.]+:\d+/", log.read_text())):
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < until, log.read_text()
+            time.sleep(0.2)
+        while set(_asked(f"{found[0]}data/runs")) < RUNS:  # it reads the files meanwhile
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        yield found[0]
+    finally:
+        server.terminate()
+        server.wait(20)
 
 
 def _asked(address: str, content: dict[str, Any] | None = None) -> Any:
