@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import given
@@ -15,6 +16,7 @@ from report_runs import recipe, write_run, write_study
 from scipy import stats
 
 from hybridvl.ablation.claims import read_claims
+from hybridvl.ablation.report import costs
 from hybridvl.ablation.report.analysis import analyse
 from hybridvl.ablation.report.cache import Cache
 from hybridvl.ablation.report.cells import Settings
@@ -112,7 +114,10 @@ def test_states_that_grow_and_states_that_do_not(tmp_path: Path) -> None:
     assert measured.basis.startswith("5 blocks of timings of one model here")
 
 
-def test_growth_between_lengths_that_the_claim_names(tmp_path: Path) -> None:
+def test_growth_between_lengths_that_the_claim_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = {8: [0.5] * 5, 64: [1.0, 1.1, 1.0, 0.9, 1.0], 192: [2.0] * 5}  # seconds: a busy machine decides nothing
+    times = lambda nets, lengths: {net: {length: blocks[length] for length in lengths} for net in nets}  # noqa: E731
+    monkeypatch.setattr(costs, "decode_seconds", times)
     config = recipe(0, {"mixer": "full"}, "full*3")
     config["model"]["net"]["mixers"]["full"] = {"heads": 2, "kv_heads": 2, "head_dim": 16}
     write_run(tmp_path / "full" / "seed_0", config, {"test/exact": 0.5})
@@ -128,7 +133,11 @@ def test_growth_between_lengths_that_the_claim_names(tmp_path: Path) -> None:
         (8, 192): "measured after 8 and 192 tokens alone; expected --latency with 64 192",
     }.items():
         assert (only(tmp_path, time, measured).verdict, only(tmp_path, time, measured).reason) == ("undecided", reason)
-    assert only(tmp_path, time, (8, 64, 192)).verdict == "supported"
+    timed = only(tmp_path, time, (8, 64, 192))
+    assert timed.verdict == "supported"
+    ratios = [2 / seconds for seconds in blocks[64]]
+    expected = stats.t.interval(0.95, 4, np.mean(ratios), stats.sem(ratios))
+    assert (timed.interval.low, timed.interval.high) == pytest.approx(expected)
 
 
 def test_one_length_says_nothing_of_growth(tmp_path: Path) -> None:

@@ -4,34 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hybridvl.ablation.report import tables
 from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.figures import Picture
 from hybridvl.ablation.report.metrics import is_cost
-from hybridvl.ablation.report.tables import (
-    CLAIM_SENTENCE,
-    COST_HEAD,
-    claim_rows,
-    cost_rows,
-    cost_sentence,
-    headline,
-    length_tables,
-    method,
-    metric_table,
-)
 from hybridvl.ablation.report.wording import counted
 
 
 def markdown(analysis: Analysis, pictures: Sequence[Picture]) -> str:
     """The whole report, with links to the pictures beside it."""
-    parts = ["# Report", f"{headline(analysis)}.", method(analysis)]
+    parts = ["# Report", f"{tables.headline(analysis)}.", tables.method(analysis)]
     if analysis.claims:
-        parts += ["## Claims", CLAIM_SENTENCE, _claims(analysis)]
+        parts += ["## Claims", tables.CLAIM_SENTENCE, _claims(analysis)]
     for name in analysis.metrics:
         better = " (lower is better)" if is_cost(name) else ""
-        parts += [f"## {name}{better}", _table(*metric_table(analysis, name))]
+        parts += [f"## {name}{better}", _table(*tables.metric_table(analysis, name))]
         parts += [f"![{picture.shows}]({picture.name})" for picture in pictures if picture.metric == name]
-    parts += ["## Costs", cost_sentence(analysis), _table(COST_HEAD, cost_rows(analysis))]
-    parts += [_table(*table) for table in length_tables(analysis)]
+    parts += ["## Costs", tables.cost_sentence(analysis), _table(tables.COST_HEAD, tables.cost_rows(analysis))]
+    parts += [_table(*table) for table in tables.length_tables(analysis)]
     parts += [f"![{picture.shows}]({picture.name})" for picture in pictures if not picture.metric]
     if analysis.left_out:
         parts.append(f"## {counted(len(analysis.left_out), 'run')} that no mean is taken over")
@@ -50,7 +40,7 @@ def markdown(analysis: Analysis, pictures: Sequence[Picture]) -> str:
 
 def _claims(analysis: Analysis) -> str:
     lines = []
-    for name, claimed, found, over, verdict in claim_rows(analysis):
+    for name, claimed, found, over, verdict in tables.claim_rows(analysis):
         about = f" ({_escaped(over)})" if over else ""
         said = f"{_escaped(name)} is {found}{about}; claimed: {claimed}" if claimed else f"**{_escaped(name)}**"
         lines.append(f"{'    ' if claimed else ''}- {verdict}: {said}")

@@ -6,23 +6,12 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
+from hybridvl.ablation.report import tables
 from hybridvl.ablation.report.analysis import Analysis
 from hybridvl.ablation.report.figures import Picture
 from hybridvl.ablation.report.metrics import is_cost
 from hybridvl.ablation.report.page_style import SCRIPT, STYLE
 from hybridvl.ablation.report.runs import DONE
-from hybridvl.ablation.report.tables import (
-    CLAIM_HEAD,
-    CLAIM_SENTENCE,
-    COST_HEAD,
-    claim_rows,
-    cost_rows,
-    cost_sentence,
-    headline,
-    length_tables,
-    method,
-    metric_table,
-)
 from hybridvl.ablation.report.verdicts import NOT_SUPPORTED, SUPPORTED, UNDECIDED
 from hybridvl.ablation.report.wording import UNKNOWN, number, with_interval
 
@@ -36,11 +25,12 @@ def page(analysis: Analysis, pictures: Sequence[Picture]) -> str:
     """The whole page."""
     sections = []
     if analysis.claims:
-        claims = f"<p>{escape(CLAIM_SENTENCE)}</p>{_claims(analysis)}"
+        claims = f"<p>{escape(tables.CLAIM_SENTENCE)}</p>{_claims(analysis)}"
         sections.append((f"Claims ({len(analysis.claims)})", claims))
     sections += [(metric, _metric(analysis, metric, pictures)) for metric in analysis.metrics]
-    tables = _table(COST_HEAD, cost_rows(analysis)) + "".join(_table(*table) for table in length_tables(analysis))
-    costs = f"<p>{escape(cost_sentence(analysis))}</p>{tables}{_figures(pictures, '')}"
+    costs = f"<p>{escape(tables.cost_sentence(analysis))}</p>"
+    costs += _table(tables.COST_HEAD, tables.cost_rows(analysis))
+    costs += "".join(_table(*table) for table in tables.length_tables(analysis)) + _figures(pictures, "")
     sections.append(("Costs", costs))
     if analysis.left_out:
         rows = [(run.name, _seed(run.seed), why) for run, why in analysis.left_out]
@@ -58,22 +48,22 @@ def page(analysis: Analysis, pictures: Sequence[Picture]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(headline(analysis))}</title><style>{STYLE}</style></head><body>"
-        f"<header><h1>{escape(headline(analysis).partition(':')[0])}</h1><p>{_chips(analysis)}</p>"
-        f"<p>{escape(method(analysis))}</p><nav>{links}</nav></header><main>{body}</main>"
+        f"<title>{escape(tables.headline(analysis))}</title><style>{STYLE}</style></head><body>"
+        f"<header><h1>{escape(tables.headline(analysis).partition(':')[0])}</h1><p>{_chips(analysis)}</p>"
+        f"<p>{escape(tables.method(analysis))}</p><nav>{links}</nav></header><main>{body}</main>"
         f"<script>{SCRIPT}</script></body></html>\n"
     )
 
 
 def _claims(analysis: Analysis) -> str:
     """Claims with their parts below them, which stay there: the table is not sorted."""
-    table = _table(CLAIM_HEAD, claim_rows(analysis), texts=("claimed", "over"))
+    table = _table(tables.CLAIM_HEAD, tables.claim_rows(analysis), texts=("claimed", "over"))
     return table.replace('class="table sorted"', 'class="table claims"', 1)
 
 
 def _metric(analysis: Analysis, metric: str, pictures: Sequence[Picture]) -> str:
     better = "<p>Lower is better.</p>" if is_cost(metric) else ""
-    return better + _table(*metric_table(analysis, metric)) + _figures(pictures, metric)
+    return better + _table(*tables.metric_table(analysis, metric)) + _figures(pictures, metric)
 
 
 def _figures(pictures: Sequence[Picture], metric: str) -> str:
