@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,19 @@ def test_named_files_exist() -> None:
     paths = set(re.findall(r"\b(?:recipes|ablations|docs)/[\w/-]+\.\w+", README))
     assert {"recipes/digits.yaml", "ablations/claims.yaml", "docs/mixers.md"} <= paths
     assert [path for path in sorted(paths) if not (ROOT / path).is_file()] == []
+
+
+def test_the_verdicts_on_the_claims_are_those_that_were_drawn() -> None:
+    claims = json.loads((ROOT / "docs" / "benchmarks" / "claims.json").read_text())["claims"]
+    number = dict(enumerate(("no", "one", "two", "three", "four")))
+    counts = Counter(claim["verdict"] for claim in claims)
+    told = (
+        f"Of {number[len(claims)]} claims about hybrids, {number[counts['supported']]} are supported in miniature "
+        f"and {number[counts['undecided']]} undecided"
+    )
+    assert counts.keys() == {"supported", "undecided"}
+    assert told in " ".join(README.split())
+    page = (ROOT / "docs" / "benchmarks" / "claims.md").read_text()
+    assert [(claim["text"], claim["verdict"]) for claim in claims] == re.findall(
+        r"^\| (\S.*?) \| \*\*(\w+)\*\*", page, re.M
+    )
