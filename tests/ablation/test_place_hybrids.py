@@ -130,6 +130,19 @@ def test_together_or_one_by_one_is_the_same_to_the_last_bit(hybrids: Hybrids, ba
     assert len(set(map(tuple, together.values()))) == len(ALL)
 
 
+def test_hybrids_that_begin_alike_run_their_first_layers_once(hybrids: Hybrids, batches: Any) -> None:
+    """Up to the layer that it probes, a probe is the model of linear layers."""
+    runs: list[int] = []
+    mixers = [block.mixer for layer in range(4) for block in hybrids.own(layer)]
+    hooks = [mixer.register_forward_hook(lambda *_: runs.append(1)) for mixer in mixers]
+    try:
+        by_probe(Measures(hybrids, batches[:1]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert len(runs) == 4 + (2 + 3 + 4 + 5)  # the teacher itself, then at each depth those that differ up to it
+
+
 @pytest.mark.parametrize("kind", ["mse", "relative_mse", "cosine"])
 @pytest.mark.parametrize("match", ["layer", "mixer"])
 @torch.no_grad()
