@@ -77,17 +77,24 @@ class State:
 
     @torch.no_grad()
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
-        """Copy saved tensors into this state in place; names, shapes and dtypes must agree."""
+        """Copy saved tensors into this state in place; names, shapes and dtypes must agree.
+
+        A part that is a state of its own takes its tensors itself: one that grows takes any length.
+        """
         own = self.tensors()
         if own.keys() != saved.keys():
             raise ValueError(f"state holds {sorted(own)}, saved state holds {sorted(saved)}")
-        for name, tensor in own.items():
-            if tensor.shape != saved[name].shape or tensor.dtype != saved[name].dtype:
+        for name, value in self._children():
+            if isinstance(value, State):
+                start = f"{name}."
+                value.load_state_dict({key[len(start) :]: saved[key] for key in saved if key.startswith(start)})
+            elif value.shape != saved[name].shape or value.dtype != saved[name].dtype:
                 raise ValueError(
                     f"state tensor {name}: saved {tuple(saved[name].shape)} {saved[name].dtype}, "
-                    f"expected {tuple(tensor.shape)} {tensor.dtype}"
+                    f"expected {tuple(value.shape)} {value.dtype}"
                 )
-            tensor.detach_().copy_(saved[name])
+            else:
+                value.detach_().copy_(saved[name])
 
     def _children(self) -> list[tuple[str, Tensor | State]]:
         return [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -68,17 +67,6 @@ class ParallelState(State):
         """See `State.reset`."""
         for branch in self.branches:
             branch.reset()
-
-    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
-        """See `State.load_state_dict`."""
-        parts: dict[str, dict[str, Tensor]] = {name: {} for name, _ in self._children()}
-        for name, tensor in saved.items():
-            index, _, inner = name.partition(".")
-            parts.setdefault(index, {})[inner] = tensor
-        if len(parts) != len(self.branches):
-            raise ValueError(f"state has {len(self.branches)} branches, saved state holds {sorted(saved)}")
-        for number, branch in enumerate(self.branches):
-            branch.load_state_dict(parts[str(number)])
 
     def _children(self) -> list[tuple[str, Tensor | State]]:
         return [(str(index), branch) for index, branch in enumerate(self.branches)]

@@ -180,6 +180,26 @@ class ChatFormat:
             parts.append((piece.token or piece.text) * repeats)
         return "".join(parts)
 
+    def text_ids(self, text: str) -> list[int]:
+        """Tokens of a text; what spells a token of the format stays text."""
+        return list(self._encode_text(text)) if text else []
+
+    def visual_ids(self) -> tuple[int, int]:
+        """The tokens before and after an image or a video."""
+        return self._ids["<|vision_start|>"], self._ids["<|vision_end|>"]
+
+    def turn_opening(self) -> tuple[list[int], str]:
+        """How a conversation begins whose user is still speaking: tokens, and a text to be tokenized with the next."""
+        ids: list[int] = []
+        if self.system is not None:
+            ids = self.encode([{"role": "system", "content": self.system}]).input_ids
+        return [*ids, self._ids["<|im_start|>"]], "user\n"
+
+    def turn_closing(self) -> list[int]:
+        """What comes between the last word of the user and the first of the answer."""
+        end, start = self._ids["<|im_end|>"], self._ids["<|im_start|>"]
+        return [end, *self.text_ids("\n"), start, *self.text_ids("assistant\n")]
+
     def _encode_uncached(self, text: str) -> list[int]:
         return self._plain.encode(text, add_special_tokens=False).ids
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -75,13 +75,38 @@ def stream_replies(
     one without stop_ids ends there too. stops: texts that end a reply and are left out of it. chunk: prompt tokens
     per call of the layers. Mistakes in the inputs are ConfigErrors.
     """
+    sampling = with_stop(sampling, processor)
+    lengths = row_lengths(inputs["input_ids"], inputs.get("attention_mask"), None)
+
+    def steps() -> Iterator[GenerationStep]:
+        device = model.lm_head_weight.device
+        moved = {name: tensor.to(device) for name, tensor in inputs.items()}
+        return model.steps(**moved, max_new_tokens=max_new_tokens, sampling=sampling, chunk=chunk)
+
+    yield from reply_pieces(steps, processor, int(lengths.sum()), len(lengths), stops)
+
+
+def with_stop(sampling: Sampling | None, processor: Processor) -> Sampling:
+    """How tokens are chosen: greedily by default, and up to the tokenizer's end of turn if nothing else is said."""
     sampling = sampling or Sampling()
-    if not sampling.stop_ids:
-        sampling = dataclasses.replace(sampling, stop_ids=(processor.stop_id,))
-    rates = Rates(prompt_tokens=int(row_lengths(inputs["input_ids"], inputs.get("attention_mask"), None).sum()))
-    streams = [TextStream(processor.text, stops) for _ in inputs["input_ids"]]
-    going = list(range(len(streams)))
-    for step, measured in _timed(model, inputs, rates, max_new_tokens, sampling, chunk, going):
+    return sampling if sampling.stop_ids else dataclasses.replace(sampling, stop_ids=(processor.stop_id,))
+
+
+def reply_pieces(
+    steps: Callable[[], Iterator[GenerationStep]],
+    processor: Processor,
+    prompt_tokens: int,
+    rows: int,
+    stops: Sequence[str] = (),
+) -> Iterator[ReplyPiece]:
+    """The replies of a generation, see `stream_replies`.
+
+    steps: begins the generation, all that is to be counted as prefill included. prompt_tokens: of all `rows` together.
+    """
+    rates = Rates(prompt_tokens=prompt_tokens)
+    streams = [TextStream(processor.text, stops) for _ in range(rows)]
+    going = list(range(rows))
+    for step, measured in _timed(steps, rates, going):
         rates = measured
         for row, (token, ended) in enumerate(zip(step.tokens.tolist(), step.finished.tolist(), strict=True)):
             if row not in going:
@@ -99,20 +124,11 @@ def stream_replies(
 
 
 def _timed(
-    model: VisionLanguageModel,
-    inputs: Mapping[str, Tensor],
-    rates: Rates,
-    max_new_tokens: int,
-    sampling: Sampling,
-    chunk: int,
-    going: list[int],
+    steps: Callable[[], Iterator[GenerationStep]], rates: Rates, going: list[int]
 ) -> Iterator[tuple[GenerationStep, Rates]]:
     """The steps of a generation with the rates so far; rows that are no longer `going` do not count."""
     begin = time.perf_counter()
-    device = model.lm_head_weight.device
-    moved = {name: tensor.to(device) for name, tensor in inputs.items()}
-    steps = model.steps(**moved, max_new_tokens=max_new_tokens, sampling=sampling, chunk=chunk)
-    for number, step in enumerate(steps):
+    for number, step in enumerate(steps()):
         step.tokens.tolist()  # waits for the device
         seconds, size = time.perf_counter() - begin, step.state.nbytes
         if number == 0:
