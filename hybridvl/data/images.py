@@ -129,13 +129,9 @@ class ImageProcessor:
     def pixels(self, image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
         """(height, width, C) uint8: the image in the processor's colours, resized bicubically where it must be.
 
-        What is transparent is seen on white: qwen-vl-utils and the image processors of transformers from 5.23 on do so
-        with a PIL image that has alpha. (transformers' load_image drops the alpha of what it opens.)
+        What is transparent is seen on white, as `opaque` says.
         """
-        if "A" in image.getbands() or image.info.get("transparency") is not None:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
-        image = image.convert("RGB" if self.config.channels == 3 else "L")
+        image = opaque(image, "RGB" if self.config.channels == 3 else "L")
         if (height, width) != (image.height, image.width):
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         return np.asarray(image).reshape(height, width, self.config.channels)
@@ -167,6 +163,17 @@ class ImageProcessor:
         # Every pixel is one of 256 values, so that normalising is a look-up. (256, C)
         values = np.arange(256, dtype=np.float64)[:, None] / 255
         return ((values - np.array(self.config.mean)) / np.array(self.config.std)).astype(np.float32)
+
+
+def opaque(image: Image.Image, mode: str = "RGB") -> Image.Image:
+    """An image in a mode without alpha; what is transparent is seen on white.
+
+    qwen-vl-utils and the image processors of transformers from 5.23 on do so with a PIL image that has alpha.
+    (transformers' load_image drops the alpha of what it opens.)
+    """
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert(mode)
 
 
 def smart_resize(
