@@ -21,6 +21,7 @@ class StreamServer(socketserver.ThreadingTCPServer):
         super().__init__(("127.0.0.1", 0), handler)
         self.script = script
         self.connections = 0
+        self.refused = 0
         self.silent = threading.Event()
         self.ending = threading.Event()
 
@@ -74,6 +75,7 @@ class _Rtsp(socketserver.StreamRequestHandler):
             if not request or entry is None:
                 return
             if not self.answer(request[0], headers):
+                self.server.refused += 1
                 self.wfile.write(f"RTSP/1.0 461 Unsupported\r\nCSeq: {headers['cseq']}\r\n\r\n".encode())
                 return
             if request[0] == "PLAY":

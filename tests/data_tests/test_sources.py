@@ -3,6 +3,7 @@
 import re
 import shutil
 import threading
+import weakref
 from fractions import Fraction
 
 import av
@@ -230,6 +231,16 @@ def test_a_damaged_picture_is_named_after_those_before_it(tmp_path):
     with pytest.raises(ConfigError, match=r"9\.png cannot be read: .*\(after 2 pictures, at second 1\.00\)"):
         frames.extend(open_source(tmp_path))
     assert len(frames) == 2
+
+
+def test_frames_are_made_when_they_are_asked_for_and_not_kept(tmp_path):
+    path = write_video(tmp_path / "a.mp4", 60, 8)
+    given = []
+    with open_source(path) as source:
+        for frame in source:
+            given.append(weakref.ref(frame.pixels))
+            assert sum(pixels() is not None for pixels in given) <= 2
+    assert len(given) == 60
 
 
 def test_a_source_is_read_once_and_closed_at_any_moment(tmp_path):

@@ -1,6 +1,7 @@
 """Tests of hybridvl.data.sources with real streams on loopback: cut, found again, silent, lost for good and closed."""
 
 import io
+import signal
 import threading
 from functools import partial
 
@@ -158,6 +159,28 @@ def test_a_stream_that_falls_silent_is_lost(long_clip):
     ((frames, message),) = found
     assert 0 < len(frames) <= 80
     assert f"was lost after {len(frames)} frames" in message
+
+
+def test_a_wait_at_opening_ends_with_an_interrupt_from_the_keyboard():
+    with serving([[b""]]) as server:
+
+        def press():
+            assert server.silent.wait(60)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+        keyboard = threading.Thread(target=press)
+        keyboard.start()
+        with pytest.raises(KeyboardInterrupt):
+            open_source(server.url, live=LiveConfig(timeout=FOREVER))
+        keyboard.join()
+
+
+def test_rtsp_goes_by_the_transport_that_is_asked_for(clips):
+    with serving([clips[0][0]], "rtsp") as server:  # It refuses all but TCP.
+        open_source(server.url, live=LiveConfig(transport="tcp")).close()
+        with pytest.raises(ConfigError, match="cannot be read"):
+            open_source(server.url, live=LiveConfig(transport="udp"))
+        assert server.refused == 1
 
 
 def test_a_dead_address_is_refused_without_its_password():

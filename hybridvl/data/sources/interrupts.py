@@ -20,6 +20,9 @@ class _Clock(threading.local):
     # PyAV calls it without a frame of Python, where a signal's handler could not run: so must all that stands for it.
     monotonic = staticmethod(time.monotonic)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
 
 _clock = _Clock()
 _installing = threading.Lock()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -14,7 +14,7 @@ from hybridvl.data.sources.folder import FolderSource
 from hybridvl.data.sources.frames import FrameSource
 from hybridvl.data.sources.interrupts import Interrupt
 from hybridvl.data.sources.live import LiveConfig, LiveSource
-from hybridvl.data.sources.times import Clock
+from hybridvl.data.sources.times import LOOK_UP, Clock
 from hybridvl.data.sources.video import VideoSource
 from hybridvl.data.video_stream import Unreadable, require_file
 from hybridvl.layers.errors import ConfigError
@@ -95,9 +95,11 @@ def _camera(path: Path, name: str, fps: float | None, config: LiveConfig, clock:
 
 def _interruptible(connect: Callable[[], Decoder], interrupt: Interrupt) -> Decoder:
     """What is opened, by a thread: a wait within FFmpeg would keep Ctrl-C waiting, too."""
-    with ThreadPoolExecutor(1, "opening") as threads:
+    with futures.ThreadPoolExecutor(1, "opening") as threads:
         opened = threads.submit(connect)
         try:
+            while not futures.wait([opened], LOOK_UP).done:
+                pass
             return opened.result()
         except BaseException:
             interrupt.set()

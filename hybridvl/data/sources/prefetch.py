@@ -10,7 +10,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from hybridvl.data.checks import require_whole
 from hybridvl.data.sources.frames import FrameSource, TimedFrame
-from hybridvl.data.sources.times import Clock
+from hybridvl.data.sources.times import LOOK_UP, Clock
 from hybridvl.layers.errors import ConfigError
 
 Prepared = TypeVar("Prepared")
@@ -123,7 +123,8 @@ class Prefetcher(Generic[Prepared]):
             self.start()
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._queue or self._ended or self._closing.is_set())
+                    while not self._changed.wait_for(self._is_due, LOOK_UP):
+                        pass
                     if not self._queue:
                         break
                     prepared = self._queue.popleft()
@@ -133,6 +134,10 @@ class Prefetcher(Generic[Prepared]):
                 self._outcome.tell()
         finally:
             self.close()
+
+    def _is_due(self) -> bool:
+        """Whether a loop that waits need not wait any longer."""
+        return bool(self._queue) or self._ended or self._closing.is_set()
 
     def _run(self) -> None:
         with self._outcome:

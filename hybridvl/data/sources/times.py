@@ -8,6 +8,9 @@ import time
 LEAP = 10.0
 """A step of a live stream's own times that is longer than the time that passed by so many seconds is a new clock."""
 
+LOOK_UP = 0.2
+"""Seconds after which what waits in the main thread looks up: Python overlooks a Ctrl-C just before a wait begins."""
+
 _BACK = 1.0  # Own times that step back further than this, in seconds, are those of a new clock.
 _LEAST = 0.001  # What is shown out of turn comes this much after the frame before, in seconds.
 _ROUNDING = 0.001  # Many formats keep times in whole milliseconds, so a difference of two is wrong by up to one.
