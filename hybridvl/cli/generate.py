@@ -10,45 +10,38 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hybridvl.checkpoints import load, read_config
-from hybridvl.checkpoints.checkpoint import checkpoint_folder
-from hybridvl.checkpoints.files import parse_json, read_text
 from hybridvl.cli.arguments import Arguments
+from hybridvl.cli.replying import (
+    DTYPES,
+    add_reply_flags,
+    model_folder,
+    require_output,
+    require_text,
+    sampling_of,
+    write_text,
+)
 from hybridvl.inference.processor import Processor
 from hybridvl.inference.replies import Rates, ReplyPiece, stream_replies
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.config import ModelConfig
 from hybridvl.models.generation import PREFILL_CHUNK, check_request
-from hybridvl.models.sampling import Sampling
-
-# What a model writes must not command a terminal: everything but tab and new line among the control characters.
-_CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main(argv: Sequence[str]) -> int:
     """Reply to the prompts in `argv`; returns the exit status."""
     options = _parser().parse_args(argv)
     # Everything that can be wrong is looked at before the weights are read, which may take minutes.
-    if sys.stdout is None:
-        raise ConfigError("standard output: closed; expected a terminal, a file or a pipe for the reply")
+    require_output()
     prompts = _prompts(options)
     folder = model_folder(options.model)
     check_request(options.max_new_tokens, options.chunk)
     config = read_config(folder)
     _check_media(options, config)
     processor = Processor.load(folder)
-    sampling = Sampling(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
-        stop_ids=_stop_ids(folder, processor),
-    )
+    sampling = sampling_of(options, folder, processor)
     conversations = [_conversation(options, prompt) for prompt in prompts]
     inputs = processor.prompt(conversations[0]) if len(prompts) == 1 else processor.batch(conversations)
     _check_inputs(inputs, config, options.max_context)
@@ -62,17 +55,6 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def model_folder(path: str) -> Path:
-    """A model folder, the model/ folder of a run folder, or where a hub id was stored; ConfigError if none of them."""
-    folder = Path(path)
-    for place in (folder, folder / "model"):
-        if os.path.isfile(place / "config.json"):  # unlike Path.is_file, False for names that no file can have
-            return place
-    if not os.path.isdir(folder):
-        return checkpoint_folder(path)
-    raise ConfigError(f"{path}: neither config.json nor model/config.json in it; did the run finish?")
-
-
 def _prompts(options: argparse.Namespace) -> list[str]:
     prompts = list(options.prompt)
     if options.prompt_file is not None:
@@ -81,8 +63,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     if not prompts:
         raise ConfigError("--prompt: no prompt given; expected --prompt TEXT or a --prompt-file with one a line")
     for name, text in [*(("--prompt", prompt) for prompt in prompts), ("--system", options.system or "")]:
-        if text.encode("utf-8", "ignore").decode() != text:
-            raise ConfigError(f"{name}: {text!r:.80} is not UTF-8")
+        require_text(name, text)
     return prompts
 
 
@@ -136,32 +117,23 @@ def _check_inputs(inputs: dict[str, Tensor], config: ModelConfig, max_context: i
         )
 
 
-def _stop_ids(folder: Path, processor: Processor) -> tuple[int, ...]:
-    """The end of a turn, and what generation_config.json calls the end where a folder has one."""
-    path, stops = folder / "generation_config.json", [processor.stop_id]
-    if path.is_file():
-        ends = parse_json(read_text(path), path).get("eos_token_id")
-        stops += [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
-    return tuple(dict.fromkeys(stops))
-
-
 def _show(pieces: Iterable[ReplyPiece], prompts: Sequence[str]) -> Rates | None:
     """Print one reply after the other, each as it is written: later rows wait for the earlier ones."""
     waiting, finished, current, rates = [""] * len(prompts), set(), 0, None
-    _write(_heading(prompts, current))
+    write_text(_heading(prompts, current))
     for piece in pieces:
         rates = piece.rates
         if piece.row == current:
-            _write(piece.text)
+            write_text(piece.text)
         else:
             waiting[piece.row] += piece.text
         if piece.finish_reason:
             finished.add(piece.row)
         while current in finished:
             current += 1
-            _write("\n")
+            write_text("\n")
             if current < len(prompts):
-                _write(_heading(prompts, current) + waiting[current])
+                write_text(_heading(prompts, current) + waiting[current])
     return rates
 
 
@@ -169,15 +141,6 @@ def _heading(prompts: Sequence[str], row: int) -> str:
     if len(prompts) == 1:
         return ""
     return ("\n" if row else "") + f"[{row + 1}/{len(prompts)}] {prompts[row]}\n"
-
-
-def _write(text: str) -> None:
-    if sys.stdout.isatty():
-        text = text.translate(_CONTROLS)
-    # Where the output is not UTF-8, "?" stands for what it does not know.
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-    sys.stdout.flush()
 
 
 def _rates_line(rates: Rates) -> str:
@@ -202,19 +165,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--image", type=_image, help="a picture; images and videos come before the prompt, in this order", **media)
     add("--video", type=_video, help="a video", **media)
     add("--fps", type=float, metavar="X", help="frames per second that are taken from videos")
-    add("--max-new-tokens", type=int, default=64, metavar="N", help="longest reply (default 64)")
-    greedy = "0 takes the most likely token (default), more draws"
-    add("--temperature", type=float, default=0.0, metavar="X", help=greedy)
-    add("--top-k", type=int, default=0, metavar="N", help="draw among the N most likely tokens (0: all)")
-    add("--top-p", type=float, default=1.0, metavar="X", help="draw among this share of probability")
-    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 avoids tokens already there")
-    add("--stop", action="append", default=[], metavar="TEXT", help="end a reply before this text; may be repeated")
-    add("--seed", type=int, default=None, help="seed of the draws")
+    add_reply_flags(parser)
     add("--chunk", type=int, default=PREFILL_CHUNK, metavar="N", help="prompt tokens at a time (default %(default)s)")
     add("--max-context", type=int, metavar="N", help="refuse prompts of more tokens")
-    add("--dtype", choices=DTYPES, help="of the weights (default: as saved)")
-    add("--device", type=_device, default="cpu", help="cpu (default), cuda, cuda:1, ...")
-    add("--quiet", action="store_true", help="no line of rates on standard error")
     return parser
 
 
@@ -224,16 +177,3 @@ def _image(path: str) -> tuple[str, str]:
 
 def _video(path: str) -> tuple[str, str]:
     return "video", path
-
-
-def _device(name: str) -> str:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {reason}") from error
-    if torch.device(name).type == "meta":
-        raise argparse.ArgumentTypeError(
-            "'meta' cannot be used: it keeps shapes without numbers, nothing to reply with"
-        )
-    return name

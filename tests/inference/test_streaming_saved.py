@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from hybridvl.layers import ConfigError
 
 MODEL, PROCESSOR = stream_model("swa gdn mamba2 full"), stream_processor()
 
+TESTS = Path(__file__).parents[1]
 GO_ON = """
 import sys
 import torch
@@ -52,7 +54,7 @@ def test_another_process_goes_on_to_the_last_bit(layout: str, together: int, tmp
     PROCESSOR.save(folder)
     started(layout, together).save(before)
     command = [sys.executable, "-c", GO_ON, str(folder), str(before), str(after)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, env=environment())
+    done = subprocess.run(command, capture_output=True, text=True, cwd=TESTS, env=environment())
     assert done.returncode == 0, done.stderr
     never_stopped = started(layout, together, 7)
     assert equal_states(StreamingSession.load(after, MODEL, PROCESSOR), never_stopped)
@@ -60,10 +62,7 @@ def test_another_process_goes_on_to_the_last_bit(layout: str, together: int, tmp
 
 
 def environment() -> dict[str, str]:
-    import os
-
-    tests = str(Path(__file__).parents[1])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), tests]), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
 
 
 def test_frames_and_texts_that_wait_are_kept(tmp_path: Path) -> None:

@@ -70,14 +70,18 @@ class StreamingSession:
         """Bytes of the model's state."""
         return self.state.nbytes
 
+    @property
+    def after_last(self) -> float:
+        """The time of the next frame if it comes at the rate of the processor's videos; 0 for the first."""
+        return 0.0 if self.timeline.time is None else self.timeline.time + 1 / self._fps
+
     def push(self, frame: ImageSource, time: float | None = None) -> None:
         """Show a frame at `time` seconds; None: one frame later than the last, at the rate of the processor's videos.
 
         Raises:
             ConfigError: the frame cannot be read, or its time is before the last frame's.
         """
-        if time is None:
-            time = 0.0 if self.timeline.time is None else self.timeline.time + 1 / self._fps
+        time = self.after_last if time is None else time
         for step in self.steps.add(frame, time, f"frame {self.timeline.frames}"):
             self.push_step(step)
 
