@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
@@ -57,14 +57,29 @@ class State:
 
     def clone(self) -> Self:
         """An independent copy: going on from it leaves this state untouched."""
-        values = {name: value.clone() for name, value in self._children()}
-        return dataclasses.replace(self, **values)  # type: ignore[type-var]
+        return self._mapped(torch.clone)
+
+    def take_rows(self, index: Tensor) -> Self:
+        """An independent copy of the rows index (n,) int64, all different, laid out in memory as these are."""
+        return self._mapped(lambda tensor: torch.empty_like(tensor[: len(index)]).copy_(tensor[index]))
+
+    @torch.no_grad()
+    def put_rows(self, index: Tensor, rows: Self) -> None:
+        """Overwrite the rows index (n,) int64, all different, with the n rows of another state, in place."""
+        for (_, own), (_, other) in zip(self._children(), rows._children(), strict=True):
+            if isinstance(own, State) and isinstance(other, State):
+                own.put_rows(index, other)
+            elif isinstance(own, Tensor) and isinstance(other, Tensor):
+                own.detach_()[index] = other
 
     @torch.no_grad()
     def reset(self) -> None:
         """Back to the empty state, in place."""
-        for tensor in self.tensors().values():
-            tensor.detach_().zero_()
+        for _, value in self._children():
+            if isinstance(value, State):
+                value.reset()
+            else:
+                value.detach_().zero_()
 
     def detach_(self) -> None:
         """Cut the autograd history in place: gradients of later tokens stop here (truncated backpropagation)."""
@@ -95,6 +110,14 @@ class State:
                 )
             else:
                 value.detach_().copy_(saved[name])
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same kind of state, of what becomes of the tensors."""
+        values = {
+            name: value._mapped(change) if isinstance(value, State) else change(value)
+            for name, value in self._children()
+        }
+        return dataclasses.replace(self, **values)  # type: ignore[type-var]
 
     def _children(self) -> list[tuple[str, Tensor | State]]:
         return [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]  # type: ignore[arg-type]

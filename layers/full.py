@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -52,7 +53,18 @@ class FullAttentionState(KeyValueState):
             self._resize(saved["k"].shape[1])
         super().load_state_dict(saved)
 
+    def put_rows(self, index: Tensor, rows: Self) -> None:
+        """See `State.put_rows`; takes rows of any length."""
+        slots = max(self.slots, rows.slots)
+        self._resize(slots)
+        if rows.slots < slots:
+            rows = rows.clone()
+            rows._resize(slots)
+        super().put_rows(index, rows)
+
     def _resize(self, slots: int) -> None:
+        if slots == self.slots:
+            return
         kept = min(slots, self.slots)
         for name in ("k", "v"):
             old = getattr(self, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -59,14 +60,8 @@ class ParallelState(State):
 
     branches: tuple[State, ...]
 
-    def clone(self) -> Self:
-        """See `State.clone`."""
-        return replace(self, branches=tuple(branch.clone() for branch in self.branches))
-
-    def reset(self) -> None:
-        """See `State.reset`."""
-        for branch in self.branches:
-            branch.reset()
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
+        return replace(self, branches=tuple(branch._mapped(change) for branch in self.branches))
 
     def _children(self) -> list[tuple[str, Tensor | State]]:
         return [(str(index), branch) for index, branch in enumerate(self.branches)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from typing import Self
@@ -31,18 +32,6 @@ class ModelState(State):
     length: Tensor
     rope_delta: Tensor
 
-    def clone(self) -> Self:
-        """An independent copy: going on from it leaves this state untouched."""
-        layers = [layer.clone() for layer in self.layers]
-        return dataclasses.replace(self, layers=layers, length=self.length.clone(), rope_delta=self.rope_delta.clone())
-
-    def reset(self) -> None:
-        """Back to the empty state, in place."""
-        for layer in self.layers:
-            layer.reset()
-        self.length.zero_()
-        self.rope_delta.zero_()
-
     @property
     def next_position(self) -> Tensor:
         """(B,) int64: rotary position of the next token, the same on all three axes."""
@@ -53,6 +42,10 @@ class ModelState(State):
         ends = torch.maximum(self.next_position, ends)
         self.length += tokens
         self.rope_delta.copy_(ends - self.length)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Self:
+        layers = [layer._mapped(change) for layer in self.layers]
+        return dataclasses.replace(self, layers=layers, length=change(self.length), rope_delta=change(self.rope_delta))
 
     def _children(self) -> list[tuple[str, Tensor | State]]:
         named: list[tuple[str, Tensor | State]] = [(f"layers.{i}", layer) for i, layer in enumerate(self.layers)]

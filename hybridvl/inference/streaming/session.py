@@ -18,6 +18,7 @@ from hybridvl.inference.streaming.saved import SavedStream, read_stream, write_s
 from hybridvl.inference.streaming.steps import FrameStep, StepMaker, frame_limits
 from hybridvl.inference.streaming.timeline import Feed, Timeline
 from hybridvl.layers.errors import ConfigError
+from hybridvl.models.decoder import ModelState
 from hybridvl.models.generation import GenerationStep, check_request, generate
 from hybridvl.models.sampling import Sampling
 from hybridvl.models.vlm import VisionLanguageModel
@@ -118,10 +119,14 @@ class StreamingSession:
         feed = fork.timeline.question(question)
         return fork._reply(feed, max_new_tokens, with_stop(sampling, self.processor), stops)
 
-    def fork(self) -> StreamingSession:
-        """A session that goes on from here by itself; model and processor are shared."""
+    def fork(self, state: ModelState | None = None) -> StreamingSession:
+        """A session that goes on from here by itself; model and processor are shared.
+
+        state: its own from now on, where the state of this stream lies elsewhere; None: a copy of this session's.
+        """
         made = copy.copy(self)
-        made.timeline, made.steps, made.state = self.timeline.copy(), self.steps.copy(), self.state.clone()
+        made.timeline, made.steps = self.timeline.copy(), self.steps.copy()
+        made.state = self.state.clone() if state is None else state
         return made
 
     def reset(self) -> None:

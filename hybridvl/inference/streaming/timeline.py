@@ -103,7 +103,7 @@ class Timeline:
         Raises:
             ConfigError: a time before that of the last frame.
         """
-        self._check_time(time)
+        self.check_time(time)
         start, end = self.chat.visual_ids()
         before = self._waiting()
         if self.video is None:
@@ -126,6 +126,12 @@ class Timeline:
         self.time = time
         self.frames += 1
         return self._feed(before, rows * columns, after, pieces)
+
+    def check_time(self, time: float) -> None:
+        """Raise ConfigError unless a frame can come at this time, in seconds."""
+        if not is_finite(time) or (self.time is not None and time < self.time):
+            since = "" if self.time is None else f" of at least {self.time:g}, the time of the frame before"
+            raise ConfigError(f"time: {time!r}; expected seconds{since}")
 
     def say(self, text: str) -> None:
         """Append a text, which goes into the model together with what follows it."""
@@ -153,11 +159,6 @@ class Timeline:
         """The timeline that `record` told of."""
         video = record["video"]
         return cls(chat, **{**record, "video": None if video is None else Video(**video)})
-
-    def _check_time(self, time: float) -> None:
-        if not is_finite(time) or (self.time is not None and time < self.time):
-            since = "" if self.time is None else f" of at least {self.time:g}, the time of the frame before"
-            raise ConfigError(f"time: {time!r}; expected seconds{since}")
 
     def _waiting(self) -> list[int]:
         ids = [*self.ids, *self.chat.text_ids(self.text)]
