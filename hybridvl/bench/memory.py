@@ -50,6 +50,12 @@ def peak_memory(run: Callable[[], Results], device: str) -> Peak | None:
     return Peak(peak, max(0, peak - result_bytes(kept)))
 
 
+def resident_bytes() -> int:
+    """The process's resident set, after freed memory was given back to the system."""
+    _give_back()
+    return _status("VmRSS")
+
+
 def _cuda_peak(run: Callable[[], Results], device: str) -> Peak:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
