@@ -27,13 +27,13 @@ from hybridvl.data.sources.prefetch import DROPS
 from hybridvl.data.video import VideoProcessor
 from hybridvl.inference.processor import Processor
 from hybridvl.inference.streaming import LAYOUTS, StreamingSession
-from hybridvl.inference.streaming.showing import Cue, Progress, Show, Showing
+from hybridvl.inference.streaming.showing import BEFORE, Cue, Progress, Show, Showing
 from hybridvl.inference.streaming.steps import frame_limits
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.generation import check_request
 from hybridvl.models.vlm import VisionLanguageModel
 
-_CUE = re.compile(r"(?P<time>end|[0-9]+(?:\.[0-9]+)?)s?:(?P<text>.*)", re.DOTALL)
+_CUE = re.compile(r"(?P<time>start|end|[0-9]+(?:\.[0-9]+)?)s?:(?P<text>.*)", re.DOTALL)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -125,8 +125,12 @@ def _cue(flag: str, text: str, asks: bool) -> Cue:
     require_text(flag, text)
     found = _CUE.fullmatch(text)
     if found is None or not found["text"]:
-        raise ConfigError(f'{flag}: {text!r:.80}; expected a time and a text, such as 12.5s:"TEXT" or end:"TEXT"')
-    return Cue(None if found["time"] == "end" else float(found["time"]), found["text"], asks)
+        raise ConfigError(
+            f'{flag}: {text!r:.80}; expected a time and a text, such as 12.5s:"TEXT", start:"TEXT" or end:"TEXT"'
+        )
+    moments = {"start": BEFORE, "end": None}
+    time = moments[found["time"]] if found["time"] in moments else float(found["time"])
+    return Cue(time, found["text"], asks)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -61,10 +61,12 @@ def test_replies_log_and_state_are_those_of_a_session(
 ) -> None:
     state, log = tmp_path / "state", tmp_path / "log.jsonl"
     flags = ["--max-new-tokens", "5", "--log", str(log), "--save-state", str(state)]
-    cues = ["--ask", "end:Last?", "--ask", "1.2s:Now?", "--say", "0.5:A b."]
+    cues = ["--ask", "end:Last?", "--ask", "1.2s:Now?", "--say", "0.5:A b.", "--say", "start:Look!"]
     assert main(["stream", str(video), "--checkpoint", str(folder), *flags, *cues]) == 0
     frames = [(decode_all(video)[number], number / 4) for number in (0, 4, 8)]
-    session = session_of(folder, frames[:1])
+    session = session_of(folder, [])
+    session.say("Look!")
+    session.push(*frames[0])
     session.say("A b.")
     session.push(*frames[1])
     first = reply(session, "Now?")

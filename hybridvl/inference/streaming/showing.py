@@ -26,11 +26,16 @@ STAGES = ("wait", "prepare", "vision", "layers")
 the language model's layers."""
 
 
+BEFORE = -1.0
+"""The time of a cue that comes before the first frame."""
+
+
 @dataclass(frozen=True)
 class Cue:
     """Something that is said to a stream: a question, or a text that stays in it.
 
-    time: seconds of the source; it comes after all frames up to then. None is the end. asks: whether it is a question.
+    time: seconds of the source; it comes after all frames up to then. BEFORE is ahead of the first frame, None after
+    the last. asks: whether it is a question.
     """
 
     time: float | None
