@@ -175,7 +175,7 @@ def wait_until(condition: Any) -> None:
     [
         (
             ["--ask", "now:What?"],
-            '--ask: \'now:What?\'; expected a time and a text, such as 12.5s:"TEXT" or end:"TEXT"',
+            '--ask: \'now:What?\'; expected a time and a text, such as 12.5s:"TEXT", start:"TEXT" or end:"TEXT"',
         ),
         (["--say", "3s:"], "--say: '3s:'; expected a time and a text"),
         (["--max-frames", "0"], "--max-frames: 0; expected a whole number of at least 1"),
