@@ -74,8 +74,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fits += [_again(root, 2, f"{half}_then_2", [word.format(half) for word in then]) for half in ("3_by_2", "3_by_1")]
     fits += [_again(root, 2, "bf16", ["--trainer.precision", "bf16-mixed"])]
     fits += [_of_another_teacher(root)]  # the last one: it is refused
-    for rank, done in enumerate(sharded_runs.two_processes(fits)):
-        assert done.returncode == 2, done.stderr
+    both = sharded_runs.two_processes(fits)
+    assert [done.returncode for done in both] == [2, 2], "\n".join(done.stderr for done in both)
+    for rank, done in enumerate(both):
         assert "sync_dist" not in done.stderr
         (root / f"refused_{rank}.txt").write_text(done.stderr)
     return root
