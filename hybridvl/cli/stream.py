@@ -27,7 +27,7 @@ from hybridvl.data.sources.prefetch import DROPS
 from hybridvl.data.video import VideoProcessor
 from hybridvl.inference.processor import Processor
 from hybridvl.inference.streaming import LAYOUTS, StreamingSession
-from hybridvl.inference.streaming.showing import BEFORE, Cue, Progress, Show, Showing
+from hybridvl.inference.streaming.showing import BEFORE, Cue, Progress, Show, Showing, Unsaid
 from hybridvl.inference.streaming.steps import frame_limits
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.generation import check_request
@@ -64,13 +64,15 @@ def main(argv: Sequence[str]) -> int:
             realtime=options.realtime,
             most_frames=options.max_frames,
         )
+        shown = Show(session, source, cues, showing)
         try:
-            _watch(Show(session, source, cues, showing), log, options.quiet)
+            _watch(shown, log, options.quiet)
         finally:
             # Also where the source broke off or Ctrl-C came: what has been shown is not lost.
-            if keep is not None:
+            if keep is not None and session.whole and shown.progress.frames:
                 session.save(keep)
-                print(f"state        {keep}", file=sys.stderr)
+                if not options.quiet and sys.stderr is not None:
+                    print(f"state        {keep}", file=sys.stderr)
     return 0
 
 
@@ -85,7 +87,8 @@ def _opened(options: argparse.Namespace, processor: Processor) -> FrameSource:
 
 def _session(options: argparse.Namespace, model: VisionLanguageModel, processor: Processor) -> StreamingSession:
     if options.load_state is not None:
-        given = [name for name in ("layout", "together", "min_pixels", "max_pixels") if getattr(options, name)]
+        own = ("layout", "together", "min_pixels", "max_pixels")
+        given = [name for name in own if getattr(options, name) is not None]
         if given:
             flag = given[0].replace("_", "-")
             raise ConfigError(f"--{flag}: given with --load-state; expected one of them: a stream goes on as it began")
@@ -96,10 +99,10 @@ def _session(options: argparse.Namespace, model: VisionLanguageModel, processor:
     if options.min_pixels is not None or options.max_pixels is not None:
         # Where one limit is given beyond the other's default, the default gives way.
         low, high = (
-            min(low, options.max_pixels or low) if options.min_pixels is None else options.min_pixels,
-            max(high, options.min_pixels or high) if options.max_pixels is None else options.max_pixels,
+            min(low, options.max_pixels) if options.min_pixels is None else options.min_pixels,
+            max(high, options.min_pixels) if options.max_pixels is None else options.max_pixels,
         )
-    return StreamingSession(model, processor, layout, options.together or 1, (low, high))
+    return StreamingSession(model, processor, layout, 1 if options.together is None else options.together, (low, high))
 
 
 def _watch(shown: Show, log: StreamLog, quiet: bool) -> None:
@@ -110,10 +113,15 @@ def _watch(shown: Show, log: StreamLog, quiet: bool) -> None:
                 if isinstance(event, Progress):
                     view.progress(event)
                     continue
+                if isinstance(event, Unsaid):
+                    view.note(f"warning: not said for {event.cue.time:g} s: the stream ended at {event.time:g} s")
+                    continue
                 if view.begins(event):
                     write_text(f"[{event.progress.time:.1f} s] {event.cue.text}\n")
                     if event.late:
-                        view.note(f"warning: asked for {event.cue.time:g} s, but the source ended before")
+                        view.note(
+                            f"warning: asked for {event.cue.time:g} s: the stream ended at {event.progress.time:g} s"
+                        )
                 write_text(event.piece.text + ("\n" if event.piece.finish_reason else ""))
                 log.reply(event)
         finally:
@@ -142,13 +150,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="video file, folder of pictures, camera (/dev/video0), rtsp:// or http(s)://")
     add("--checkpoint", required=True, metavar="DIR", help="a run folder, or a model folder with a vision tower")
-    add("--ask", action="append", default=[], metavar="T:TEXT", help="a question after T seconds ('end': at the end)")
+    add("--ask", action="append", default=[], metavar="T:TEXT", help="a question after T seconds ('start', 'end')")
     add(
         "--say",
         action="append",
         default=[],
         metavar="T:TEXT",
-        help="a text that stays in the stream",
+        help="a text after T seconds, which stays in the stream",
     )
     add("--fps", type=float, metavar="X", help="frames a second that are shown (default: the model's; 0: all)")
     add("--layout", choices=LAYOUTS, help="frames as one growing video (default), or each as an image")

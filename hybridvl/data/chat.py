@@ -88,7 +88,7 @@ class ChatFormat:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, system: str | None = DEFAULT_SYSTEM) -> None:
         from tokenizers import Tokenizer
 
-        if system is not None and not _is_text(system):
+        if system is not None and not is_text(system):
             raise ConfigError(f"system: {system!r:.80}; expected a text or null")
         self.tokenizer = tokenizer
         self.system = system
@@ -182,7 +182,7 @@ class ChatFormat:
 
     def text_ids(self, text: str) -> list[int]:
         """Tokens of a text; what spells a token of the format stays text."""
-        return list(self._encode_text(text)) if text else []
+        return self._encode_uncached(text) if text else []  # what is said to streams hardly comes twice
 
     def visual_ids(self) -> tuple[int, int]:
         """The tokens before and after an image or a video."""
@@ -247,12 +247,12 @@ def _read_part(part: object, place: str) -> dict[str, Any]:
     kept = {name: value for name, value in part.items() if value is not None}
     if part["type"] != "text":
         return kept
-    if not _is_text(kept.get("text")):
+    if not is_text(kept.get("text")):
         raise ConfigError(f"{place}.text: {kept.get('text')!r:.80}; expected a text")
     return {"type": "text", "text": kept["text"]}
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
     """Whether a value is text that can be encoded: Python's may hold halves of characters."""
     if not isinstance(value, str):
         return False

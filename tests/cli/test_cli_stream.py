@@ -104,6 +104,39 @@ def test_a_kept_stream_goes_on_with_another_source(folder: Path, video: Path, tm
     assert equal_states(kept(second, session), session)
 
 
+def test_two_frames_in_a_step(folder: Path, video: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is said and asked while a frame waits for the second of its step comes after that frame."""
+    state, cues = tmp_path / "state", ["--say", "0.6s:A b.", "--ask", "1.1s:Now?", "--max-new-tokens", "3"]
+    command = ["stream", str(video), "--checkpoint", str(folder), "--together", "2", "--fps", "2"]
+    assert main([*command, *cues, "--max-frames", "5", "--save-state", str(state)]) == 0
+    session = StreamingSession(hybridvl.load(folder).eval(), Processor.load(folder), together=2)
+    frames = decode_all(video)
+    for number in range(5):
+        session.push(frames[2 * number], number / 2)
+        if number == 1:
+            session.say("A b.")
+        if number == 2:
+            wanted = reply(session, "Now?", 3)
+    assert capsys.readouterr().out == f"[1.0 s] Now?\n{wanted}\n"
+    assert equal_states(kept(state, session), session)
+    assert len(kept(state, session).steps.waiting()[0]) == 1
+    # Another source goes on after the frame that waits.
+    assert main([*command[:4], "--fps", "1", "--load-state", str(state), "--save-state", str(state)]) == 0
+    for number in range(3):
+        session.push(frames[4 * number], 3.0 + number)
+    assert equal_states(kept(state, session), session)
+
+
+def test_a_mistake_leaves_a_kept_stream_as_it_is(folder: Path, video: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    command = ["stream", str(video), "--checkpoint", str(folder), "--save-state", str(state)]
+    assert main([*command, "--max-frames", "2"]) == 0
+    before = state.read_bytes()
+    assert main([*command, "--queue", "0"]) == 2
+    assert main([*command, "--together", "0"]) == 2
+    assert state.read_bytes() == before
+
+
 def test_limits_of_a_frame(folder: Path, video: Path, tmp_path: Path) -> None:
     for flags, tokens in (("--max-pixels 784", 1), ("--min-pixels 3136", 4), ("--max-pixels 800 --min-pixels 784", 1)):
         state = tmp_path / flags.replace(" ", "")
@@ -120,10 +153,11 @@ def test_a_question_after_the_end_is_answered_there(
     folder: Path, video: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["stream", str(video), "--checkpoint", str(folder), "--max-new-tokens", "1"]
-    assert main([*command, "--ask", "60s:Hm?"]) == 0
+    assert main([*command, "--ask", "60s:Hm?", "--say", "70s:Late"]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("[2.0 s] Hm?\n")
-    assert shown.err.startswith("warning: asked for 60 s, but the source ended before\n")
+    assert shown.err.startswith("warning: asked for 60 s: the stream ended at 2 s\n")
+    assert "\nwarning: not said for 70 s: the stream ended at 2 s\n" in shown.err
 
 
 def test_a_source_that_breaks_off_leaves_what_was_shown(
@@ -134,13 +168,16 @@ def test_a_source_that_breaks_off_leaves_what_was_shown(
     data = whole.read_bytes()
     cut.write_bytes(data[: len(data) * 3 // 4])
     command = ["stream", str(cut), "--checkpoint", str(folder), "--save-state", str(state), "--log", str(log)]
-    assert main(command) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    assert main([*command, "--max-new-tokens", "3", "--ask", "end:What now?"]) == 2
+    shown = capsys.readouterr()
+    error = shown.err.splitlines()[-1]
     assert error.startswith(f"error: SOURCE: video {cut}")
     end = lines(log)[-1]
     assert 0 < end["frames"] < 10
     frames = [(decode_all(whole)[4 * number], float(number)) for number in range(end["frames"])]
-    assert equal_states(kept(state, session_of(folder, [])), session_of(folder, frames))
+    session = session_of(folder, frames)
+    assert equal_states(kept(state, session), session)
+    assert shown.out == f"[{frames[-1][1]:.1f} s] What now?\n{reply(session, 'What now?', 3)}\n"
 
 
 def test_ctrl_c_keeps_the_stream(folder: Path, video: Path, tmp_path: Path) -> None:

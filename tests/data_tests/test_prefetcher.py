@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from stream_server import serving
 from video_cases import write_video
 
 from hybridvl.data.sources import FrameSource, LiveConfig, Prefetcher, TimedFrame, open_source
+from hybridvl.data.sources.frames import Moment
 from hybridvl.data.sources.times import Clock
 from hybridvl.layers import ConfigError
 
@@ -294,3 +296,15 @@ def test_a_file_is_read_to_its_end_and_its_error(tmp_path):
 def test_settings_that_are_none_are_refused(settings, place):
     with pytest.raises(ConfigError, match=place):
         Prefetcher([], **settings)
+
+
+def test_a_source_that_cannot_be_closed_is_an_error_of_the_loop() -> None:
+    class Stuck(FrameSource):
+        def _moments(self) -> Iterator[Moment]:
+            yield from ()
+
+        def _release(self) -> None:
+            raise OSError("the device is gone")
+
+    with pytest.raises(OSError, match="the device is gone"):
+        list(Prefetcher(Stuck("stuck", None)))

@@ -121,6 +121,23 @@ def test_what_a_pool_refuses() -> None:
         pool.ask({0: "What?"}, -1)
 
 
+def test_what_breaks_off_within_the_layers_has_shown_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS["swa gdn"]
+    pool = StreamPool(model, PROCESSOR, 2)
+    streams = [pool.open() for _ in range(2)]
+    (frame,) = frames_of(0, 1)
+    before = [pool.session(stream) for stream in streams]
+    with monkeypatch.context() as patch:
+        patch.setattr(model.decoder.layers[1], "forward", out_of_memory)
+        with pytest.raises(MemoryError):
+            pool.push(dict.fromkeys(streams, (frame, 0.0)))
+    assert all(equal_states(pool.session(stream), before[stream]) for stream in streams)
+
+
+def out_of_memory(*_: object) -> None:
+    raise MemoryError
+
+
 @pytest.mark.parametrize("wrong", ["time", "frame"])
 def test_a_mistake_in_one_stream_shows_nothing_to_any(wrong: str) -> None:
     pool = StreamPool(MODELS["swa gdn"], PROCESSOR, 2, together=2)

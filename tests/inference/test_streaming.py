@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -183,6 +185,77 @@ def test_what_cannot_be_a_stream() -> None:
         session.push(frame, float("nan"))
     with pytest.raises(ConfigError, match=r"^frame 1: "):
         session.push(b"no picture", 3.0)
+    with pytest.raises(ConfigError, match=r"^time: 1e\+19; expected seconds"):
+        session.push(frame, 1e19)
+    with pytest.raises(ConfigError, match=r"^text: '\\ud800'; expected a text$"):
+        session.say("\ud800")
+    with pytest.raises(ConfigError, match=r"^text: 5; expected a text$"):
+        session.ask(5)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"^max_new_tokens: -1; expected a whole number of at least 0$"):
         session.ask("?", -1)
     assert equal_states(session, before)
+
+
+def test_without_times_frames_follow_at_the_rate_of_videos() -> None:
+    """Also where two make a step: its time is that of the first, and the next frame comes after the second."""
+    session, timed = (StreamingSession(MODEL, PROCESSOR, together=2) for _ in range(2))
+    for number, frame in enumerate(frames_of(4, 7)):
+        session.push(frame)
+        timed.push(frame, float(number))
+    assert equal_states(session, timed)
+    assert session.timeline.time == 4.0
+    assert session.after_last == 7.0
+
+
+def test_a_frame_that_would_wait_is_refused_at_a_time_that_cannot_be() -> None:
+    session = StreamingSession(MODEL, PROCESSOR, together=2)
+    first, second = frames_of(4, 2)
+    session.push(first, 0.0)
+    for wrong in (float("nan"), -1.0):
+        with pytest.raises(ConfigError, match=r"^time: "):
+            session.push(second, wrong)
+    session.push(second, 10.0)
+    with pytest.raises(
+        ConfigError, match=r"^time: 9\.0; expected seconds of at least 10, the time of the frame before$"
+    ):
+        session.push(first, 9.0)
+    assert (session.timeline.frames, len(session.steps.waiting()[0])) == (1, 0)
+
+
+def test_an_empty_question_ends_the_video_and_an_empty_text_nothing() -> None:
+    session = StreamingSession(MODEL, PROCESSOR, together=2)
+    for frame in frames_of(4, 3):
+        session.push(frame)
+    before = session.fork()
+    session.say("")
+    assert equal_states(session, before)
+    assert len(session.steps.waiting()[0]) == 1
+    end = PROCESSOR.chat.visual_ids()[1]
+    assert session.timeline.copy().question("").before == [end, *PROCESSOR.chat.turn_closing()]
+
+
+def test_a_torn_state_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Memory may run out, or Ctrl-C come, when some layers have seen a frame and others have not."""
+    session, fresh = (StreamingSession(MODEL, PROCESSOR) for _ in range(2))
+    first, second = frames_of(4, 2)
+    session.push(first, 0.0)
+    timeline = session.timeline.record()
+    with monkeypatch.context() as patch:
+        patch.setattr(MODEL.decoder.layers[1], "forward", out_of_memory)
+        with pytest.raises(MemoryError):
+            session.push(second, 1.0)
+    assert session.timeline.record() == timeline
+    assert not session.whole
+    calls = (lambda: session.push(second, 2.0), lambda: session.ask("?"), lambda: session.save(tmp_path / "stream"))
+    for call in calls:
+        with pytest.raises(ConfigError, match=r"^the stream: a frame broke off within the layers; expected reset"):
+            call()
+    assert list(tmp_path.iterdir()) == []
+    session.reset()
+    session.push(second, 1.0)
+    fresh.push(second, 1.0)
+    assert equal_states(session, fresh)
+
+
+def out_of_memory(*_: object) -> None:
+    raise MemoryError

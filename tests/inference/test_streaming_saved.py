@@ -135,6 +135,47 @@ def truncated(path: Path, target: Path) -> Path:
     return target
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("timeline", "position", "a"),
+        ("timeline", "position", -1),
+        ("timeline", "ids", [99_999]),
+        ("timeline", "ids", None),
+        ("timeline", "layout", "film"),
+        ("timeline", "rate", 3.0),
+        ("timeline", "text", 5),
+        ("timeline", "time", float("nan")),
+        ("timeline", "video", {"origin": None, "began": 0.0, "step": 1}),
+        ("timeline", "further", 1),
+        ("steps", "limits", [1, 2, 3]),
+        ("steps", "together", 3),
+    ],
+)
+def test_a_record_that_cannot_be_is_damage(part: str, name: str, value: object, tmp_path: Path) -> None:
+    path = tmp_path / "stream"
+    started("video", 2, 3).save(path)
+    with safe_open(path, "pt") as file:
+        record = json.loads(file.metadata()["stream"])
+    record[part][name] = value
+    wrong = changed(path, tmp_path / "wrong", stream=json.dumps(record))
+    with pytest.raises(ConfigError, match=rf"^{wrong}: it is damaged: "):
+        StreamingSession.load(wrong, MODEL, PROCESSOR)
+
+
+def test_frames_that_cannot_wait_are_damage(tmp_path: Path) -> None:
+    path = tmp_path / "stream"
+    started("video", 2, 3).save(path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    frame = tensors["waiting.0"]
+    for wrong in ({"waiting.0": frame.float()}, {"waiting.0": frame[:5, :7].clone()}, {"waiting.1": frame.clone()}):
+        save_file({**tensors, **wrong}, tmp_path / "wrong", metadata)
+        with pytest.raises(ConfigError, match=r"it is damaged: \d frames of "):
+            StreamingSession.load(tmp_path / "wrong", MODEL, PROCESSOR)
+
+
 def test_a_state_of_another_shape_is_damage(tmp_path: Path) -> None:
     path, tensors = tmp_path / "stream", {}
     started("video", 1).save(path)

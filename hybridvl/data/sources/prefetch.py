@@ -141,8 +141,10 @@ class Prefetcher(Generic[Prepared]):
 
     def _run(self) -> None:
         with self._outcome:
-            self._fill()
-        self._close_source()
+            try:
+                self._fill()
+            finally:
+                self._close_source()
         with self._changed:
             self._ended = True
             self._changed.notify_all()

@@ -96,19 +96,20 @@ class StreamPool:
         try:
             for stream, (frame, time) in frames.items():
                 session = self.sessions[stream]
-                time = session.after_last if time is None else time
-                session.timeline.check_time(time)
-                made[stream] = session.steps.add(frame, time, f"stream {stream}: frame {session.timeline.frames}")
-        except ConfigError:
+                ready = session.steps.ready(frame, f"stream {stream}: frame {session.timeline.frames}")
+                made[stream] = session.steps.take(ready, session.after_last if time is None else time)
+            self._show(made)
+        except BaseException:
             self.sessions.update(before)
             raise
-        self._show(made)
 
     def say(self, stream: int, text: str) -> None:
         """Put a text into a stream; see `StreamingSession.say`."""
         self._known([stream])
-        self._show({stream: self.sessions[stream].steps.rest()})
-        self.sessions[stream].timeline.say(text)
+        self.sessions[stream].timeline.copy().say(text)
+        if text:
+            self._show({stream: self.sessions[stream].steps.rest()})
+            self.sessions[stream].timeline.say(text)
 
     def ask(
         self,
@@ -153,18 +154,18 @@ class StreamPool:
         for number in range(max(map(len, made.values()), default=0)):
             steps = {stream: listed[number] for stream, listed in made.items() if number < len(listed)}
             features = encode_steps(self._blank.model, list(steps.values()))
+            timelines = {stream: self.sessions[stream].timeline.copy() for stream in steps}
             feeds = [
-                self.sessions[stream].timeline.frame(step.grid[1] // merge, step.grid[2] // merge, step.time)
+                timelines[stream].frame(step.grid[1] // merge, step.grid[2] // merge, step.time)
                 for stream, step in steps.items()
             ]
-            streams = list(steps)
-            if streams == list(range(self.capacity)):
-                run_feeds(self._blank.model, self.state, feeds, features)
-                continue
-            rows = self._rows(streams)
+            # On a copy: what breaks off within the layers has changed nothing.
+            rows = self._rows(list(steps))
             state: ModelState = self.state.take_rows(rows)
             run_feeds(self._blank.model, state, feeds, features)
             self.state.put_rows(rows, state)
+            for stream, timeline in timelines.items():
+                self.sessions[stream].timeline = timeline
 
     def _rows(self, streams: Sequence[int]) -> torch.Tensor:
         return torch.tensor(streams, dtype=torch.int64, device=self.state.length.device)

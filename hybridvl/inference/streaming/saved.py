@@ -49,7 +49,12 @@ def write_stream(path: Path, model: VisionLanguageModel, stream: SavedStream) ->
     tensors |= {f"{_FRAME}{number}": torch.from_numpy(frame.copy()) for number, frame in enumerate(frames)}
     record = {
         "timeline": stream.timeline.record(),
-        "steps": {"limits": stream.steps.limits, "together": stream.steps.together, "time": time},
+        "steps": {
+            "limits": stream.steps.limits,
+            "together": stream.steps.together,
+            "time": time,
+            "last": stream.steps.last,
+        },
     }
     metadata = {
         "format": FORMAT,
@@ -81,19 +86,20 @@ def read_stream(path: Path, model: VisionLanguageModel, processor: Processor) ->
     try:
         record = json.loads(metadata["stream"])
         steps = _steps(record["steps"], tensors, processor)
-        timeline = Timeline.restored(processor.chat, record["timeline"])
+        timeline = Timeline.restored(processor.chat, record["timeline"], model.config.tokens_per_second)
         state = model.init_state(1)
         state.load_state_dict({name: tensor.to(model.lm_head_weight.device) for name, tensor in tensors.items()})
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise ConfigError(f"{path}: it is damaged: {error}") from error
     return SavedStream(timeline, steps, state)
 
 
 def _steps(record: Mapping[str, Any], tensors: dict[str, Tensor], processor: Processor) -> StepMaker:
     """Takes the waiting frames out of `tensors`."""
-    made = StepMaker(processor.images, tuple(record["limits"]), record["together"])
+    low, high = record["limits"]
+    made = StepMaker(processor.images, (low, high), record["together"])
     names = sorted((name for name in tensors if name.startswith(_FRAME)), key=lambda name: int(name[len(_FRAME) :]))
-    made.wait_again([tensors.pop(name).numpy() for name in names], record["time"])
+    made.wait_again([tensors.pop(name).numpy() for name in names], record["time"], record["last"])
     return made
 
 

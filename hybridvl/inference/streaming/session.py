@@ -64,6 +64,7 @@ class StreamingSession:
         limits = frame_limits(processor.images, videos, layout) if limits is None else limits
         self.steps = StepMaker(processor.images, limits, together)
         self.state = model.init_state(1)
+        self._whole = True
         self._fps = videos.config.fps
 
     @property
@@ -74,7 +75,12 @@ class StreamingSession:
     @property
     def after_last(self) -> float:
         """The time of the next frame if it comes at the rate of the processor's videos; 0 for the first."""
-        return 0.0 if self.timeline.time is None else self.timeline.time + 1 / self._fps
+        return 0.0 if self.steps.last is None else self.steps.last + 1 / self._fps
+
+    @property
+    def whole(self) -> bool:
+        """Whether the state is that of all frames that were shown: an error within the layers leaves it torn."""
+        return self._whole
 
     def push(self, frame: ImageSource, time: float | None = None) -> None:
         """Show a frame at `time` seconds; None: one frame later than the last, at the rate of the processor's videos.
@@ -83,7 +89,7 @@ class StreamingSession:
             ConfigError: the frame cannot be read, or its time is before the last frame's.
         """
         time = self.after_last if time is None else time
-        for step in self.steps.add(frame, time, f"frame {self.timeline.frames}"):
+        for step in self.steps.take(self.steps.ready(frame, f"frame {self.timeline.frames}"), time):
             self.push_step(step)
 
     def push_step(self, step: FrameStep) -> None:
@@ -92,14 +98,19 @@ class StreamingSession:
 
     def push_features(self, features: Tensor, step: FrameStep) -> None:
         """Show what the vision tower has made of a step: features (tokens, D)."""
-        merge = merge_size(self.model)
-        feed = self.timeline.frame(step.grid[1] // merge, step.grid[2] // merge, step.time)
+        self._require_whole()
+        merge, timeline = merge_size(self.model), self.timeline.copy()
+        feed = timeline.frame(step.grid[1] // merge, step.grid[2] // merge, step.time)
+        self._whole = False
         run_feeds(self.model, self.state, [feed], [features])
+        self.timeline, self._whole = timeline, True
 
     def say(self, text: str) -> None:
-        """Put a text into the stream, such as a caption; it stays there, unlike a question."""
-        self._show_rest()
-        self.timeline.say(text)
+        """Put a text into the stream, where it stays, unlike a question; ConfigError if it is none."""
+        self.timeline.copy().say(text)
+        if text:
+            self._show_rest()
+            self.timeline.say(text)
 
     def ask(
         self,
@@ -114,6 +125,7 @@ class StreamingSession:
         texts that end a reply. ConfigErrors are raised here, not at the first piece.
         """
         check_request(max_new_tokens, 1)
+        self._require_whole()
         fork = self.fork()
         fork._show_rest()
         feed = fork.timeline.question(question)
@@ -132,15 +144,17 @@ class StreamingSession:
     def reset(self) -> None:
         """Begin anew, with the memory that is there."""
         self.timeline = Timeline.opened(self.processor.chat, self.timeline.layout, self.timeline.rate)
-        self.steps.rest()
+        self.steps = StepMaker(self.steps.images, self.steps.limits, self.steps.together)
         self.state.reset()
+        self._whole = True
 
     def save(self, path: str | Path) -> None:
         """Write the stream into a safetensors file, from which `load` goes on bit for bit.
 
         Raises:
-            ConfigError: the file cannot be written.
+            ConfigError: the file cannot be written, or the state is not whole.
         """
+        self._require_whole()
         write_stream(Path(path), self.model, SavedStream(self.timeline, self.steps, self.state))
 
     @classmethod
@@ -154,6 +168,10 @@ class StreamingSession:
         made = cls(model, processor, saved.timeline.layout, saved.steps.together, saved.steps.limits)
         made.timeline, made.steps, made.state = saved.timeline, saved.steps, saved.state
         return made
+
+    def _require_whole(self) -> None:
+        if not self._whole:
+            raise ConfigError("the stream: a frame broke off within the layers; expected reset, or one that was saved")
 
     def _show_rest(self) -> None:
         """A step that is not whole yet is shown with its last frame repeated, before anything else is said."""

@@ -17,7 +17,8 @@ from hybridvl.data.sources import FrameSource, Prefetcher, TimedFrame
 from hybridvl.inference.replies import ReplyPiece
 from hybridvl.inference.streaming.feeding import encode_steps
 from hybridvl.inference.streaming.session import StreamingSession
-from hybridvl.inference.streaming.steps import FrameStep
+from hybridvl.inference.streaming.steps import ReadyFrame
+from hybridvl.layers.errors import ConfigError
 from hybridvl.models.sampling import Sampling
 from hybridvl.models.vlm import VisionLanguageModel
 
@@ -101,7 +102,7 @@ class Reply:
     """The next piece of a reply.
 
     cue: the question. progress: when it was asked. piece: of the reply. seconds: since it was asked. late: whether the
-    source ended before the time of the question.
+    stream ended before the time of the question, which was asked then.
     """
 
     cue: Cue
@@ -112,9 +113,20 @@ class Reply:
 
 
 @dataclass(frozen=True)
+class Unsaid:
+    """A text whose time did not come: the stream ended at `time`, and is without it."""
+
+    cue: Cue
+    time: float
+
+
+Event = Progress | Reply | Unsaid
+
+
+@dataclass(frozen=True)
 class _Prepared:
     time: float
-    steps: list[FrameStep]
+    frame: ReadyFrame
     seconds: float
 
 
@@ -143,29 +155,32 @@ class Show:
         self._cues = deque([*timed, *(cue for cue in cues if cue.time is None)])
         self._stages = dict.fromkeys(STAGES, 0.0)
         self._frames, self._time, self._answering = 0, 0.0, 0.0
-        # The thread has frames that wait for a whole step; until the source ends the session has none.
-        self._maker, self._after = session.steps.copy(), session.after_last
-        session.steps.rest()
+        self._after = session.after_last
         options = self.showing
         self._ahead = Prefetcher(source, self._prepared, options.queue, options.drop, options.realtime)
         self._begun = time.perf_counter()
 
-    def __iter__(self) -> Generator[Progress | Reply]:
+    def __iter__(self) -> Generator[Event]:
+        lost: ConfigError | None = None
         with self._ahead:
             begin = time.perf_counter()
-            for prepared in self._ahead:
-                self._stages["wait"] += time.perf_counter() - begin
-                yield from self._due(prepared.time)
-                self._push(prepared)
-                yield self.progress
-                if self._frames == self.showing.most_frames:
-                    break
-                begin = time.perf_counter()
-            else:
-                # The next source goes on with what is not a whole step.
-                self.session.steps.wait_again(*self._maker.waiting())
+            try:
+                for prepared in self._ahead:
+                    self._stages["wait"] += time.perf_counter() - begin
+                    yield from self._due(prepared.time)
+                    self._push(prepared)
+                    yield self.progress
+                    if self._frames == self.showing.most_frames:
+                        break
+                    begin = time.perf_counter()
+            except ConfigError as error:
+                if not self.session.whole:
+                    raise
+                lost = error  # after what is still to be asked about the frames that came
             while self._cues:
                 yield from self._say(self._cues.popleft(), ended=True)
+        if lost is not None:
+            raise lost
 
     @property
     def progress(self) -> Progress:
@@ -184,15 +199,13 @@ class Show:
     def _prepared(self, frame: TimedFrame) -> _Prepared:
         """In the thread that reads ahead."""
         begin = time.perf_counter()
-        steps = self._maker.add(
-            frame.pixels, frame.time + self._after, f"{self.source.name}: frame at {frame.time:g} s"
-        )
-        return _Prepared(frame.time, steps, time.perf_counter() - begin)
+        ready = self.session.steps.ready(frame.pixels, f"{self.source.name}: frame at {frame.time:g} s")
+        return _Prepared(frame.time, ready, time.perf_counter() - begin)
 
     def _push(self, prepared: _Prepared) -> None:
         self._stages["prepare"] += prepared.seconds
         with _undivided():
-            for step in prepared.steps:
+            for step in self.session.steps.take(prepared.frame, prepared.time + self._after):
                 begin = time.perf_counter()
                 (features,) = encode_steps(self.session.model, [step])
                 _finish(self.session.model)
@@ -203,17 +216,20 @@ class Show:
                 self._stages["layers"] += time.perf_counter() - between
             self._frames, self._time = self._frames + 1, prepared.time
 
-    def _due(self, before: float) -> Iterator[Reply]:
+    def _due(self, before: float) -> Iterator[Event]:
         """What is to be said before a frame of this time."""
         while self._cues and self._cues[0].time is not None and self._cues[0].time < before:
             yield from self._say(self._cues.popleft(), ended=False)
 
-    def _say(self, cue: Cue, ended: bool) -> Iterator[Reply]:
+    def _say(self, cue: Cue, ended: bool) -> Iterator[Event]:
+        late = ended and cue.time is not None and cue.time > self._time
         if not cue.asks:
-            self.session.say(cue.text)
+            if late:
+                yield Unsaid(cue, self._time)
+            else:
+                self.session.say(cue.text)
             return
         showing, progress, begin = self.showing, self.progress, time.perf_counter()
-        late = ended and cue.time is not None and cue.time > self._time
         for piece in self.session.ask(cue.text, showing.max_new_tokens, showing.sampling, showing.stops):
             seconds = time.perf_counter() - begin
             yield Reply(cue, progress, piece, seconds, late)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hybridvl.data.chat import ChatFormat
-from hybridvl.data.checks import is_finite
+from hybridvl.data.chat import ChatFormat, is_text
+from hybridvl.inference.streaming.steps import require_time
 from hybridvl.layers.errors import ConfigError
 
 LAYOUTS = ("video", "images")
@@ -103,7 +103,7 @@ class Timeline:
         Raises:
             ConfigError: a time before that of the last frame.
         """
-        self.check_time(time)
+        require_time(time, self.time)
         start, end = self.chat.visual_ids()
         before = self._waiting()
         if self.video is None:
@@ -127,24 +127,22 @@ class Timeline:
         self.frames += 1
         return self._feed(before, rows * columns, after, pieces)
 
-    def check_time(self, time: float) -> None:
-        """Raise ConfigError unless a frame can come at this time, in seconds."""
-        if not is_finite(time) or (self.time is not None and time < self.time):
-            since = "" if self.time is None else f" of at least {self.time:g}, the time of the frame before"
-            raise ConfigError(f"time: {time!r}; expected seconds{since}")
-
     def say(self, text: str) -> None:
-        """Append a text, which goes into the model together with what follows it."""
-        if not text:
-            return
-        if self.video is not None:
-            self.ids.append(self.chat.visual_ids()[1])
-            self.video = None
-        self.text += text
+        """Append a text, which goes into the model together with what follows it; an empty one is none.
+
+        Raises:
+            ConfigError: it is no text that can be encoded.
+        """
+        if not is_text(text):
+            raise ConfigError(f"text: {text!r:.80}; expected a text")
+        if text:
+            self._end_video()
+            self.text += text
 
     def question(self, text: str) -> Feed:
         """A question at this moment, up to where its answer begins; for a copy, as a stream does not go on after it."""
         self.say(text)
+        self._end_video()
         ids = [*self._waiting(), *self.chat.turn_closing()]
         return self._feed(ids, 0, [], [self._text_positions(len(ids))])
 
@@ -155,10 +153,33 @@ class Timeline:
         return {**{name: getattr(self, name) for name in kept}, "video": video}
 
     @classmethod
-    def restored(cls, chat: ChatFormat, record: Mapping[str, Any]) -> Timeline:
-        """The timeline that `record` told of."""
+    def restored(cls, chat: ChatFormat, record: Mapping[str, Any], rate: float) -> Timeline:
+        """The timeline that `record` told of, of a model with `rate` temporal positions in a second.
+
+        Raises:
+            ConfigError: it is not what `record` gives.
+        """
         video = record["video"]
-        return cls(chat, **{**record, "video": None if video is None else Video(**video)})
+        made = cls(chat, **{**record, "video": None if video is None else Video(**video)})
+        known = len(chat.tokenizer)
+        counts = [made.position, made.frames, made.tokens, *made.ids]
+        if made.video is not None:
+            counts += [made.video.origin, made.video.step + 1]
+        if not all(type(count) is int and 0 <= count < 2**53 for count in counts) or max(made.ids, default=0) >= known:
+            raise ConfigError(f"{counts!r:.80}; expected whole numbers of at least 0, and tokens below {known}")
+        if made.layout not in LAYOUTS or made.rate != rate or not is_text(made.text):
+            raise ConfigError(
+                f"{made.layout!r:.20}, {made.rate!r:.20}, {made.text!r:.20}; expected layout, {rate}, text"
+            )
+        for time in (made.time, None if made.video is None else made.video.began):
+            if time is not None:
+                require_time(time, None)
+        return made
+
+    def _end_video(self) -> None:
+        if self.video is not None:
+            self.ids.append(self.chat.visual_ids()[1])
+            self.video = None
 
     def _waiting(self) -> list[int]:
         ids = [*self.ids, *self.chat.text_ids(self.text)]
