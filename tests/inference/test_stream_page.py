@@ -38,11 +38,14 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     (example,) = (text for kind, text in BLOCKS if not kind)
     assert [without_rates(text) for text in printed] == [without_rates(example)]
     # The session of the page saw what the command showed.
-    reply = capsys.readouterr().out
+    reply, _, pooled = capsys.readouterr().out.partition("\n")
     again, fork = names["again"], names["fork"]
     assert isinstance(again, StreamingSession)
     assert (again.timeline.frames, again.timeline.tokens, again.state_bytes) == (10, 135, 34_840)
-    assert reply.endswith(" (10 frames, 135 tokens, 34,840 bytes)\n")
+    assert reply.endswith(" (10 frames, 135 tokens, 34,840 bytes)")
+    assert pooled.startswith("0 ")
+    assert "\n1 " in pooled
+    assert list(names["pool"].sessions) == [1]
     assert fork.timeline.text == "The end."
     assert names["session"].timeline.frames == 0
 
