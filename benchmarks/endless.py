@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy import stats
 
 from hybridvl.bench.machine import describe
@@ -172,6 +173,12 @@ def draw(streams: Sequence[dict[str, Any]]) -> bytes:
 def _label(axes: Axes, name: str) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
+    # Plain numbers: powers of ten would need fonts for formulas.
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("tokens streamed")
     axes.set_ylabel(name)
     axes.grid(alpha=0.3)
