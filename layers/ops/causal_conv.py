@@ -16,6 +16,8 @@ from hybridvl.layers.ops.blocked_conv import Span, blocked_conv
 from hybridvl.layers.ops.checks import check_floating, check_segments, check_shape, full_precision, internal_dtype
 from hybridvl.layers.ops.packing import map_segments
 
+_SHORT = 1 << 15  # numbers in a segment, below which it costs less to be copied than to be called for
+
 
 def causal_conv(
     x: Tensor,
@@ -38,6 +40,8 @@ def causal_conv(
     chosen = resolve_backend("causal_conv", backend, x.device)
     # A compiler fuses whole sequences itself, and for other devices than a CPU there is no cache to be cut for.
     if chosen == "torch" and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if cu_seqlens is not None and x.numel() < _SHORT * (len(cu_seqlens) - 1):
+            return _joined(x, weight, bias, initial_state, activation, cu_seqlens)
         return blocked_conv(x, weight, bias, initial_state, activation, _spans(x, cu_seqlens))
     run = _reference if chosen == "reference" else _torch
 
@@ -60,6 +64,24 @@ def _spans(x: Tensor, cu_seqlens: Tensor | None) -> list[Span]:
     if cu_seqlens is None:
         return [Span(row, 0, x.shape[1]) for row in range(x.shape[0])]
     return [Span(0, start, stop) for start, stop in itertools.pairwise(cu_seqlens.tolist())]
+
+
+def _joined(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, activation: str | None, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Segments as one sequence, each after its own W inputs before it: one call, however many there are."""
+    width, count, tokens = weight.shape[1], len(cu_seqlens) - 1, x.shape[1]
+    before = x.new_zeros(count, width, x.shape[2]) if state is None else state.mT.to(x.dtype)
+    number = torch.arange(count).repeat_interleave(cu_seqlens.diff())  # (T,) which segment a token is of
+    place = torch.arange(tokens) + width * (number + 1)  # of the tokens among all
+    starts = cu_seqlens[:-1] + width * torch.arange(count)
+    ends = cu_seqlens[1:] + width * torch.arange(1, count + 1)
+    reach = torch.arange(width)
+    places = torch.cat(((starts[:, None] + reach).flatten(), place))
+    rows = torch.cat((before.flatten(0, 1), x[0])).index_select(0, places.argsort())
+    y, _ = blocked_conv(rows[None], weight, bias, None, activation, [Span(0, 0, len(rows))])
+    final = rows.index_select(0, (ends[:, None] - width + reach).flatten()).unflatten(0, (count, width)).mT
+    return y[0].index_select(0, place)[None], final.contiguous()
 
 
 def _reference(inputs: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:

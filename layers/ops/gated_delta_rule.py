@@ -8,6 +8,7 @@ from torch import Tensor
 from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.ops.backend import resolve_backend
 from hybridvl.layers.ops.checks import check_floating, check_segments, check_shape, full_precision, internal_dtype
+from hybridvl.layers.ops.chunk_layout import CHUNK
 from hybridvl.layers.ops.chunked import chunked_recurrence, chunked_recurrence_flops
 from hybridvl.layers.ops.packing import map_segments
 
@@ -68,7 +69,7 @@ def gated_delta_rule(
     with full_precision(v.device):
         if cu_seqlens is None:
             return segments([q, k, v, g, beta], initial_state, None)
-        o, final = map_segments(segments, [q, k, v, g, beta], initial_state, cu_seqlens)
+        o, final = map_segments(segments, [q, k, v, g, beta], initial_state, cu_seqlens, CHUNK)
     assert final is not None
     return o, final
 

@@ -38,18 +38,19 @@ def unpad_packed(x: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def map_segments(
-    op: SegmentOp, tokens: list[Tensor], states: Tensor | None, cu_seqlens: Tensor
+    op: SegmentOp, tokens: list[Tensor], states: Tensor | None, cu_seqlens: Tensor, unit: int = 1
 ) -> tuple[Tensor, Tensor | None]:
     """Apply `op` to every segment of packed rows: tokens, each (1, T, ...), states (N, ...) -> as `op`, packed again.
 
     Segments are padded on the right, in batches of similar length so that at most half of a batch is padding, with
-    zeros: an operator sees zero tokens after a segment's end and must leave the state unchanged by them.
+    zeros: an operator sees zero tokens after a segment's end and must leave the state unchanged by them. unit: tokens
+    that the operator works on at once, so that lengths count as multiples of it.
     """
     bounds = cu_seqlens.tolist()
     device = tokens[0].device
     by_size: dict[int, list[int]] = {}
     for row, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        by_size.setdefault(max(stop - start - 1, 0).bit_length(), []).append(row)
+        by_size.setdefault((max(stop - start - 1, 0) // unit).bit_length(), []).append(row)
     buckets = [_bucket(bounds, rows, device) for rows in by_size.values()]
     outputs, finals = [], []
     for bucket in buckets:

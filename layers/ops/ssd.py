@@ -8,6 +8,7 @@ from torch import Tensor
 from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.ops.backend import resolve_backend
 from hybridvl.layers.ops.checks import check_floating, check_segments, check_shape, full_precision, internal_dtype
+from hybridvl.layers.ops.chunk_layout import CHUNK
 from hybridvl.layers.ops.chunked import chunked_recurrence, chunked_recurrence_flops
 from hybridvl.layers.ops.packing import map_segments
 
@@ -55,7 +56,7 @@ def ssd(
         elif cu_seqlens is None:
             y, final = segments([x, dt, B, C], initial_state, None)
         else:
-            y, packed_final = map_segments(segments, [x, dt, B, C], initial_state, cu_seqlens)
+            y, packed_final = map_segments(segments, [x, dt, B, C], initial_state, cu_seqlens, CHUNK)
             assert packed_final is not None
             final = packed_final
     return y.to(x.dtype), final

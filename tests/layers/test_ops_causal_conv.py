@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from functools import partial
 
 import pytest
@@ -169,7 +170,11 @@ def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 15, 40], ids=lambda block: f"blocks of {block}")
-@pytest.mark.parametrize("segments", [None, (0, 1, 3, 3, 10, 23)], ids=["rows", "packed"])
+@pytest.mark.parametrize(
+    ("segments", "short"),
+    [(None, 0), ((0, 1, 3, 3, 10, 23), 0), ((0, 1, 3, 3, 10, 23), 1000)],
+    ids=["rows", "packed", "joined"],
+)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 0.03)]
 )
@@ -177,6 +182,7 @@ def test_mistakes_are_named(change: dict[str, object], message: str) -> None:
 def test_blocks_of_tokens(
     block: int,
     segments: tuple[int, ...] | None,
+    short: int,
     dtype: torch.dtype,
     tolerance: float,
     width: int,
@@ -184,8 +190,10 @@ def test_blocks_of_tokens(
     activation: str | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Blocks of one token, of some, with ragged ends; segments shorter than the convolution; fresh memory holds NaN."""
+    """Blocks of one token, of some, with ragged ends; segments shorter than the convolution, called for one by one or
+    joined; fresh memory holds NaN."""
     empty = torch.empty
+    monkeypatch.setattr(sys.modules["hybridvl.layers.ops.causal_conv"], "_SHORT", short)
     monkeypatch.setattr("hybridvl.layers.ops.blocked_conv._BLOCK", block)
     monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
     cu_seqlens = None if segments is None else torch.tensor(segments)

@@ -30,8 +30,8 @@ def test_padding_stands_right_and_goes_away(lengths: list[int]) -> None:
 
 
 @settings(deadline=None)
-@given(lengths=LENGTHS)
-def test_segments_keep_their_order_states_and_lengths(lengths: list[int]) -> None:
+@given(lengths=LENGTHS, unit=st.sampled_from([1, 4]))
+def test_segments_keep_their_order_states_and_lengths(lengths: list[int], unit: int) -> None:
     packed = torch.arange(1.0, sum(lengths) + 1).reshape(1, -1)
     states = torch.arange(len(lengths)) * 100.0
     slots = 0
@@ -43,13 +43,13 @@ def test_segments_keep_their_order_states_and_lengths(lengths: list[int]) -> Non
         assert sizes.tolist() == [lengths[int(n)] for n in state / 100]
         return tokens[0] + state[:, None], state + tokens[0].sum(1)
 
-    output, final = map_segments(op, [packed], states, boundaries(lengths))
+    output, final = map_segments(op, [packed], states, boundaries(lengths), unit)
     owner = torch.repeat_interleave(states, torch.tensor(lengths))
     assert final is not None
     assert torch.equal(output, packed + owner)
     sums = torch.stack([segment.sum() for segment in packed[0].split(lengths)])
     assert torch.equal(final, states + sums)
-    assert slots <= 2 * sum(lengths) + len(lengths)
+    assert slots <= 2 * sum(-(-length // unit) * unit for length in lengths) + unit * len(lengths)
 
 
 def test_gradients_pass_through() -> None:
