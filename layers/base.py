@@ -94,20 +94,29 @@ class State:
     def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
         """Copy saved tensors into this state in place; names, shapes and dtypes must agree.
 
-        A part that is a state of its own takes its tensors itself: one that grows takes any length.
+        A part that grows takes any length. Raises ValueError before anything is copied.
         """
         own = self.tensors()
         if own.keys() != saved.keys():
             raise ValueError(f"state holds {sorted(own)}, saved state holds {sorted(saved)}")
+        self._require_fitting(saved)
+        self._take(saved)
+
+    def _require_fitting(self, saved: Mapping[str, Tensor]) -> None:
+        """Raise ValueError unless `_take` can take these tensors, whose names agree."""
         for name, value in self._children():
             if isinstance(value, State):
-                start = f"{name}."
-                value.load_state_dict({key[len(start) :]: saved[key] for key in saved if key.startswith(start)})
+                value._require_fitting(_below(name, saved))
             elif value.shape != saved[name].shape or value.dtype != saved[name].dtype:
                 raise ValueError(
                     f"state tensor {name}: saved {tuple(saved[name].shape)} {saved[name].dtype}, "
                     f"expected {tuple(value.shape)} {value.dtype}"
                 )
+
+    def _take(self, saved: Mapping[str, Tensor]) -> None:
+        for name, value in self._children():
+            if isinstance(value, State):
+                value._take(_below(name, saved))
             else:
                 value.detach_().copy_(saved[name])
 
@@ -121,6 +130,12 @@ class State:
 
     def _children(self) -> list[tuple[str, Tensor | State]]:
         return [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self)]  # type: ignore[arg-type]
+
+
+def _below(name: str, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a part, without its name."""
+    start = f"{name}."
+    return {key[len(start) :]: saved[key] for key in saved if key.startswith(start)}
 
 
 class Mixer(nn.Module, ABC):

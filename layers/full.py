@@ -47,11 +47,20 @@ class FullAttentionState(KeyValueState):
         self._resize(BLOCK)
         super().reset()
 
-    def load_state_dict(self, saved: Mapping[str, Tensor]) -> None:
-        """See `State.load_state_dict`; takes a saved state of any length."""
-        if "k" in saved and saved["k"].dim() == self.k.dim():
-            self._resize(saved["k"].shape[1])
-        super().load_state_dict(saved)
+    def _require_fitting(self, saved: Mapping[str, Tensor]) -> None:
+        """Of any number of slots, if keys and values have the same."""
+        k, v = saved["k"], saved["v"]
+        if k.ndim == v.ndim == self.k.ndim and k.shape[1] == v.shape[1] > 0:
+            saved = {
+                **saved,
+                "k": k[:, :1].expand(-1, self.slots, -1, -1),
+                "v": v[:, :1].expand(-1, self.slots, -1, -1),
+            }
+        super()._require_fitting(saved)
+
+    def _take(self, saved: Mapping[str, Tensor]) -> None:
+        self._resize(saved["k"].shape[1])
+        super()._take(saved)
 
     def put_rows(self, index: Tensor, rows: Self) -> None:
         """See `State.put_rows`; takes rows of any length."""

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from hybridvl.inference.streaming.showing import STAGES, Progress, Reply
+from hybridvl.inference.streaming.showing import BEFORE, STAGES, Progress, Reply
 
 _REFRESH = 4  # a second
+_MOMENTS = {BEFORE: "start", None: "end"}  # as --ask has them
 
 
 def summary(progress: Progress) -> str:
@@ -93,7 +94,7 @@ class StreamLog:
         self._write(
             {
                 "event": "reply",
-                "asked": reply.cue.time,
+                "asked": _MOMENTS.get(reply.cue.time, reply.cue.time),
                 "time": progress.time,
                 "late": reply.late,
                 "frames": progress.frames,

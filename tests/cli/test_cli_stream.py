@@ -79,7 +79,7 @@ def test_replies_log_and_state_are_those_of_a_session(
     assert shown.err.endswith(f"state {session.state_bytes:,} bytes\nstate        {state}\n")
     one, two, end = lines(log)
     assert (one["question"], one["reply"], one["asked"], one["time"], one["frames"]) == ("Now?", first, 1.2, 1.0, 2)
-    assert (two["question"], two["reply"], two["asked"], two["late"]) == ("Last?", last, None, False)
+    assert (two["question"], two["reply"], two["asked"], two["late"]) == ("Last?", last, "end", False)
     assert (end["event"], end["frames"], end["dropped"]) == ("end", 3, 0)
     assert end["tokens"] == session.timeline.tokens
     assert 0 < end["seconds_per_frame"]["vision"] < end["seconds"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -207,3 +208,15 @@ def test_fingerprints_tell_weights_options_and_dtypes_apart() -> None:
     found = {name: fingerprint(model) for name, model in kinds.items()}
     assert found["same"] == fingerprint(MODEL)
     assert len(set(found.values())) == len(kinds)
+
+
+def test_weights_made_for_inference_alone_are_told_apart_too(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        model = copy.deepcopy(MODEL)
+        assert all(weight.is_inference() for weight in model.parameters())
+        session = StreamingSession(model, PROCESSOR)
+        session.push(frames_of(0, 1)[0])
+        session.save(tmp_path / "stream")
+        next(model.parameters()).mul_(2)
+        with pytest.raises(ConfigError, match="expected the same weights"):
+            StreamingSession.load(tmp_path / "stream", model, PROCESSOR)

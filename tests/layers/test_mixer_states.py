@@ -123,6 +123,20 @@ def test_parallel_state_is_named_by_branch_and_loads_a_grown_one() -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["0.k", "0.v", "1.recurrent", "1.conv_v"])
+def test_a_state_that_does_not_fit_is_refused_whole(name: str) -> None:
+    mixer = build(BOTH)
+    state, fresh = mixer.init_state(1), mixer.init_state(1)
+    mixer(torch.randn(1, 100, 8, dtype=torch.float64), Sequence(), state)
+    saved = state.state_dict()
+    before = fresh.clone().tensors()
+    for wrong in (saved[name][:, :0], saved[name][..., :1], saved[name].float(), saved[name][:, :1].sum()):
+        with pytest.raises(ValueError, match=r"^state tensor "):
+            fresh.load_state_dict(saved | {name: wrong})
+        assert all(torch.equal(before[key], tensor) for key, tensor in fresh.tensors().items())
+
+
+@torch.no_grad()
 def test_parallel_is_the_mean_of_normed_branches() -> None:
     mixer = build(BOTH)
     x = torch.randn(2, 9, 8, dtype=torch.float64)

@@ -39,7 +39,10 @@ class FolderSource(FrameSource):
         require_rate("rate", rate)
         self._rate = rate
         endings = Image.registered_extensions()
-        found = (file.name for file in folder.iterdir() if not file.name.startswith(".") and file.is_file())
+        try:
+            found = [file.name for file in folder.iterdir() if not file.name.startswith(".") and file.is_file()]
+        except OSError as error:
+            raise Unreadable(name, f"it cannot be read: {error.strerror}") from error
         self._files = sorted((file for file in found if Path(file).suffix.lower() in endings), key=_natural)
         self._folder = folder
         if not self._files:

@@ -80,7 +80,9 @@ def read_stream(path: Path, model: VisionLanguageModel, processor: Processor) ->
         with safe_open(str(path), "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: it cannot be read: {error.strerror or error}") from error
+    except SafetensorError as error:
         raise ConfigError(f"{path}: it is damaged: {error}") from error
     _check_origin(path, metadata, model)
     try:
@@ -118,7 +120,9 @@ def _check_origin(path: Path, metadata: Mapping[str, str], model: VisionLanguage
 
 
 def _fingerprint(model: VisionLanguageModel) -> str:
-    """Read once for each model, and again when a weight was written to."""
+    """Read once for each model, and again when a weight was written to (not through `.data`, which leaves no trace)."""
+    if any(tensor.is_inference() for tensor in model.parameters()):
+        return fingerprint(model)  # no versions are kept of these
     written = [(tensor.data_ptr(), tensor._version) for tensor in model.parameters()]
     if model not in _known or _known[model][0] != written:
         _known[model] = written, fingerprint(model)

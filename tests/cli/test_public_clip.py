@@ -1,0 +1,47 @@
+"""A public clip, the film of the turning earth that comes with gradio, is streamed frame by frame as it is decoded."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import av
+import pytest
+from streaming_cases import equal_states, stream_model, stream_processor
+
+import hybridvl
+from hybridvl.cli import main
+from hybridvl.inference import Processor
+from hybridvl.inference.streaming import StreamingSession
+
+EVERY = 60  # frames of the clip, which has 30 a second
+
+
+def clip() -> Path:
+    found = importlib.util.find_spec("gradio")  # finds it without importing it
+    if found is None or found.origin is None:
+        pytest.skip("gradio, which brings the clip, is not installed; it is in the extras serve and dev")
+    return Path(found.origin).parent / "media_assets" / "videos" / "world.mp4"
+
+
+def test_a_public_clip_streams_as_it_is_decoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, folder, state = clip(), tmp_path / "model", tmp_path / "state"
+    hybridvl.save(stream_model(), folder)
+    stream_processor().save(folder)
+    flags = ["--fps", "0.5", "--max-new-tokens", "5", "--save-state", str(state)]
+    assert main(["stream", str(path), "--checkpoint", str(folder), *flags, "--ask", "end:What turns?"]) == 0
+    session = StreamingSession(hybridvl.load(folder).eval(), Processor.load(folder))
+    sizes = set()
+    with av.open(str(path)) as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number % EVERY == 0:
+                pixels = frame.to_ndarray(format="rgb24")
+                sizes.add(pixels.shape)
+                session.push(pixels, number / 30)
+    assert sizes == {(270, 480, 3)}
+    assert session.timeline.frames == 16
+    assert equal_states(StreamingSession.load(state, session.model, session.processor), session)
+    said, told = capsys.readouterr()
+    reply = "".join(piece.text for piece in session.ask("What turns?", 5))
+    assert said == f"[30.0 s] What turns?\n{reply}\n"
+    assert told.startswith("16 frames to 30.0 s, ")
