@@ -82,6 +82,9 @@ class StepGraphs(StepRunner):
         graphs: whether steps are recorded.
         compiled: whether `torch.compile` makes the steps of frames and of tokens faster first.
         recorder: records steps; None: `CudaRecorder`.
+
+    Attributes:
+        uncompiled: why steps are not compiled although it was asked for; None where they are.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class StepGraphs(StepRunner):
                 name: torch.compile(step, fullgraph=True, dynamic=False)  # type: ignore[call-overload]
                 for name, step in steps.items()
             }
-        self._uncompiled: str | None = None
+        self.uncompiled: str | None = None
         self._plain = StepRunner(model)
         self._came: OrderedDict[Hashable, int] = OrderedDict()  # how often a step has come
         self._recorded: OrderedDict[Hashable, Replay] = OrderedDict()
@@ -116,12 +119,6 @@ class StepGraphs(StepRunner):
     def reason(self) -> str | None:
         """Why no step is recorded; None where steps are."""
         return self._never or self._recorder.unusable(self.model)
-
-    @property
-    def notes(self) -> list[str]:
-        """What a user may want to know: why steps are not recorded, or not compiled although it was asked for."""
-        found = [] if self.reason is None else [f"no CUDA graphs: {self.reason}"]
-        return found if self._uncompiled is None else [*found, f"not compiled: {self._uncompiled}"]
 
     def encode(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
         """See `StepRunner.encode`."""
@@ -182,7 +179,7 @@ class StepGraphs(StepRunner):
             try:
                 return self._compiled[name](self._plain, *arguments)
             except TorchDynamoException as error:  # before anything of the step was done
-                self._compiled, self._uncompiled = {}, _first_line(error)
+                self._compiled, self.uncompiled = {}, _first_line(error)
         made: Tensor = getattr(self._plain, name)(*arguments)
         return made
 

@@ -82,9 +82,7 @@ def stream_replies(
     def steps() -> Iterator[GenerationStep]:
         device = model.lm_head_weight.device
         moved = {name: tensor.to(device) for name, tensor in inputs.items()}
-        return model.steps(
-            **moved, max_new_tokens=max_new_tokens, sampling=sampling, chunk=chunk, runner=runner
-        )
+        return model.steps(**moved, max_new_tokens=max_new_tokens, sampling=sampling, chunk=chunk, runner=runner)
 
     yield from reply_pieces(steps, processor, int(lengths.sum()), len(lengths), stops)
 

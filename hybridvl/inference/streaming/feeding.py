@@ -25,9 +25,7 @@ def encode_steps(runner: StepRunner, steps: Sequence[FrameStep]) -> list[Tensor]
 
 
 @torch.no_grad()
-def run_feeds(
-    runner: StepRunner, state: ModelState, feeds: Sequence[Feed], features: Sequence[Tensor | None]
-) -> None:
+def run_feeds(runner: StepRunner, state: ModelState, feeds: Sequence[Feed], features: Sequence[Tensor | None]) -> None:
     """Take one feed into every row of a state, in place; features: what the visual tokens of each stand for."""
     embeds, positions, mask = assembled(runner.model, feeds, features)
     for begin in range(0, embeds.shape[1], PREFILL_CHUNK):
