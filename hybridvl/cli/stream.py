@@ -68,9 +68,7 @@ def main(argv: Sequence[str]) -> int:
         )
         shown = Show(session, source, cues, showing)
         try:
-            _watch(shown, log, options.quiet)
-            for line in [] if options.quiet or sys.stderr is None else runner_notes(options, runner):
-                print(line, file=sys.stderr)
+            _watch(shown, log, options, runner)
         finally:
             # Also where the source broke off or Ctrl-C came: what has been shown is not lost.
             if keep is not None and session.whole and shown.progress.frames:
@@ -110,9 +108,9 @@ def _session(options: argparse.Namespace, runner: StepGraphs, processor: Process
     return StreamingSession(runner.model, processor, layout, together, (low, high), runner)
 
 
-def _watch(shown: Show, log: StreamLog, quiet: bool) -> None:
+def _watch(shown: Show, log: StreamLog, options: argparse.Namespace, runner: StepGraphs) -> None:
     """Print the replies as they are written and, on a terminal, how the stream goes; then what came of it."""
-    with contextlib.closing(iter(shown)) as events, StreamView(quiet) as view:
+    with contextlib.closing(iter(shown)) as events, StreamView(options.quiet) as view:
         try:
             for event in events:
                 if isinstance(event, Progress):
@@ -131,7 +129,8 @@ def _watch(shown: Show, log: StreamLog, quiet: bool) -> None:
                 log.reply(event)
         finally:
             log.end(shown.progress)
-    view.note(summary(shown.progress))
+    for line in (summary(shown.progress), *runner_notes(options, runner)):
+        view.note(line)
 
 
 def _cue(flag: str, text: str, asks: bool) -> Cue:

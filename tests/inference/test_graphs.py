@@ -10,7 +10,7 @@ import torch
 from model_cases import relative_error, small_model
 from streaming_cases import equal_states, frames_of, stream_model, stream_processor
 from torch import Tensor
-from traced_steps import TraceRecorder
+from traced_steps import Pair, TraceRecorder
 
 from hybridvl.inference.graphs import MOST_GRAPHS, Bound, Inputs, Replay, Step, StepGraphs
 from hybridvl.inference.streaming import StreamingSession
@@ -23,33 +23,6 @@ WINDOW = 8  # of the small models
 STEPS = 24
 TOLERANCE = 1e-5
 PROCESSOR = stream_processor()
-
-
-class Pair:
-    """The same tokens through recorded steps and through steps by themselves, each with a state of its own."""
-
-    def __init__(self, model: VisionLanguageModel, runner: StepGraphs, rows: int = 1) -> None:
-        self.runner, self.plain = runner, StepRunner(model)
-        self.state, self.right = model.init_state(rows), model.init_state(rows)
-        self.generator = torch.Generator().manual_seed(0)
-
-    def frame(self, tokens: int, mask: Tensor | None = None) -> float:
-        """The largest error of hidden states and states after a frame."""
-        rows = len(self.state.length)
-        embeds = torch.randn(rows, tokens, 32, generator=self.generator)
-        places = (self.right.next_position[None, :, None] + torch.arange(tokens)).expand(3, -1, -1)
-        found = self.runner.run(embeds, places, mask, self.state)
-        return self._error(found, self.plain.run(embeds, places, mask, self.right))
-
-    def token(self) -> float:
-        """The same after a decoded token, of the logits."""
-        tokens = torch.randint(0, 80, self.state.length.shape, generator=self.generator)
-        found = self.runner.decode(tokens, self.state)
-        return self._error(found, self.plain.decode(tokens, self.right))
-
-    def _error(self, found: Tensor, right: Tensor) -> float:
-        pairs = zip(self.state.tensors().values(), self.right.tensors().values(), strict=True)
-        return max(relative_error(found, right), *(relative_error(own, other) for own, other in pairs))
 
 
 @pytest.fixture(autouse=True)
