@@ -57,9 +57,7 @@ def test_nothing_is_read_while_decoding(tokens: int) -> None:
 def test_nothing_is_read_while_frames_are_shown(masked: bool) -> None:
     """Of two streams with windows that may be full or not, their rows of one length or not."""
     vision = VisionConfig(depth=2, width=32, heads=2, mlp_width=64, full_attention_blocks=(1,))
-    config = ModelConfig(
-        pattern="swa gdn (swa+mamba2)", mixers=MIXERS, width=64, mlp_width=64, vocab_size=50, vision=vision
-    )
+    config = ModelConfig(pattern="swa gdn (swa+mamba2)", mixers=MIXERS, width=64, mlp_width=64, vision=vision)
     grids = torch.tensor([[1, 10, 12], [1, 4, 6]])  # windows of several sizes, some of them cut off
     with torch.device("meta"), torch.no_grad():
         model = VisionLanguageModel(config).to(torch.bfloat16).eval()
