@@ -81,7 +81,7 @@ def test_a_dry_run_goes_through_streams(report: dict) -> None:
     ]
     assert all(record["median_s"] > 0 for record in streams["records"])
     assert all(record["how"] != "CUDA graph" for record in [*streams["records"], *streams["checks"]])
-    assert len(streams["goals"]) == 4
+    assert len(streams["goals"]) == 5
 
 
 def test_the_measured_model_has_infinitevls_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
