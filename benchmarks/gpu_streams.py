@@ -104,7 +104,7 @@ def wrap_checks(model: VisionLanguageModel, tokens: int, steps: int) -> list[dic
             outputs = [_taken(way, own, embeds, ids) for way, own in ((runner, state), (plain, right))]
             errors.append(max(_error(*outputs), *map(_error, state.tensors().values(), right.tensors().values())))
         found.append({"step": f"{name}s from {begin} to {begin + size * steps}, window {window}", "error": max(errors),
-                      "how": runner.reason or "CUDA graph"})  # fmt: skip
+                      "how": _how(runner)})  # fmt: skip
     return found
 
 
@@ -117,7 +117,7 @@ def token_record(model: VisionLanguageModel, context: int, clock: Clock) -> dict
         token.copy_(runner.decode(token, state).argmax(-1))
 
     found = clock(step, 10 if clock.is_cuda else 1)
-    how = runner.reason or "CUDA graph"
+    how = _how(runner)
     return {"figure": f"a token of {model.pattern} at {context}", **found, "how": how, "state_bytes": state.nbytes}
 
 
@@ -163,7 +163,7 @@ def shown_record(model: VisionLanguageModel, sizes: ModelSizes, frames: int, gra
     return {"figure": f"a frame of {sizes.grid**2 // vision.spatial_merge_size**2} tokens, end to end",
             "median_s": progress.seconds / progress.frames, "frames_per_s": progress.rate, "stages": progress.stages,
             "reply_s": time.perf_counter() - begin, "reply_tokens_per_s": rates.decode_rate,
-            "how": runner.reason or "CUDA graph", "state_bytes": session.state_bytes}  # fmt: skip
+            "how": _how(runner), "state_bytes": session.state_bytes}  # fmt: skip
 
 
 class _Noise(FrameSource):
@@ -185,6 +185,10 @@ class _Noise(FrameSource):
 def _peers(streams: StreamSizes) -> tuple[str, str]:
     """Full attention as it is, whose state moves, and the same work over slots that lie still, in a graph."""
     return streams.peer, streams.peer.replace("full", "swa")
+
+
+def _how(runner: StepGraphs) -> str:
+    return "CUDA graph" if runner.reason is None else f"eager, {runner.reason}"
 
 
 def _taken(runner: StepRunner, state: ModelState, embeds: Tensor, ids: Tensor) -> Tensor:
