@@ -5,7 +5,9 @@
     python benchmarks/gpu_check.py --cpu-dry-run
 
 Every path is compared with float64 on the same inputs before anything is timed; a wrong one ends the run with status 1,
-and so does one of our kernels that is slower than a peer's for the same work. Times are medians by CUDA events after a
+and so does one of our kernels that is slower than a peer's for the same work. Of streams, steps replayed from CUDA
+graphs are compared with steps by themselves while a window becomes full and begins anew, then timed beside their goals,
+which are said to be met or not met. Times are medians by CUDA events after a
 warm-up, the sides taking turns; launches that are shorter than what starts them run in CUDA graphs. Without a CUDA
 device it ends at once with status 2; --cpu-dry-run runs everything at tiny sizes on a CPU, our Triton kernels in
 Triton's interpreter where Triton is installed, to try the script itself: its times mean nothing.
@@ -30,7 +32,8 @@ if "--cpu-dry-run" in sys.argv and importlib.util.find_spec("triton"):
 
 import torch
 from gpu_kernels import Case, Run, Sizes, cases
-from gpu_models import ModelSizes, captured, measure_models
+from gpu_models import Clock, ModelSizes, captured, measure_models, measured_model
+from gpu_streams import StreamSizes, measure_streams
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -66,7 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         limits = measure_limits(dtype, device)
         report["limits"] = asdict(limits)
         sizes = ModelSizes.tiny() if dry else ModelSizes.infinitevl()
-        report["models"] = measure_models(sizes, device, dtype, limits.matmul_flops, 1 if dry else options.rounds)
+        streams = StreamSizes.tiny() if dry else StreamSizes()
+        model, clock = measured_model(sizes, device, dtype), Clock(device, 1 if dry else options.rounds)
+        report["streams"] = measure_streams(model, sizes, streams, device, clock)
+        wrong += report["streams"]["wrong"]
+        if not wrong:
+            report["models"] = measure_models(model, sizes, clock, limits.matmul_flops)
     report |= {"wrong": wrong, "slower_than_peers": slow}
     show(report)
     if options.json:
@@ -164,14 +172,20 @@ def show(report: dict[str, Any]) -> None:
                 "" if "error" not in found else f"{found['error']:.1e}", verdict,
             )  # fmt: skip
     console.print(table)
+    streams = report.get("streams", {"records": [], "goals": []})
     if report["models"]:
         table = Table("figure", "median", "more", title="models of random weights")
-        for record in report["models"]:
+        for record in [*streams["records"], *report["models"]]:
             more = {name: f"{value:.3g}" for name, value in record.items() if name in ("frames_per_s", "utilisation")}
+            if "how" in record:
+                more["by"] = record["how"]
             if "bytes_per_s" in record:
                 more["GB/s"] = _number(record["bytes_per_s"], 1e-9)
             table.add_row(record["figure"], _time(record["median_s"]), ", ".join(f"{k} {v}" for k, v in more.items()))
         console.print(table)
+    for goal in streams["goals"]:
+        verdict = "no verdict, a dry run" if report["dry_run"] else "met" if goal["met"] else "NOT met"
+        console.print(f"goal: {goal['goal']}: {goal['value']:.4g}, wanted {goal['wanted']}: {verdict}")
     for kind in ("wrong", "slower_than_peers"):
         for line in report[kind]:
             console.print(f"{kind.replace('_', ' ')}: {line}", style="bold red")

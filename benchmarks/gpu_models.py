@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,19 +50,20 @@ class ModelSizes:
         return cls(config, (16, 100), 8, 96, 32, 64, None)
 
 
-def measure_models(
-    sizes: ModelSizes, device: str, dtype: torch.dtype, peak: float, rounds: int
-) -> list[dict[str, Any]]:
-    """Records of every figure; peak: FLOP/s of matrix products, for the utilisation."""
+def measured_model(sizes: ModelSizes, device: str, dtype: torch.dtype) -> VisionLanguageModel:
+    """The model that everything is measured of."""
     model = build(sizes.config, device, dtype)
     if sizes.parameters is not None and model.num_params != sizes.parameters:
         raise RuntimeError(f"the model has {model.num_params} parameters, expected {sizes.parameters}")
-    clock = _Clock(device, rounds)
+    return model
+
+
+def measure_models(model: VisionLanguageModel, sizes: ModelSizes, clock: Clock, peak: float) -> list[dict[str, Any]]:
+    """Records of every figure; peak: FLOP/s of matrix products, for the utilisation. The last one leaves the model in
+    training mode."""
     records = [decode_record(model, context, clock) for context in sizes.contexts]
     records += [frame_record(model, sizes, clock), prefill_record(model, sizes, clock, peak)]
     records.append(training_record(model, sizes, clock, peak))
-    del model
-    gc.collect()
     return records
 
 
@@ -73,7 +73,7 @@ def build(config: ModelConfig, device: str, dtype: torch.dtype) -> VisionLanguag
         return VisionLanguageModel(config).to(dtype).eval()
 
 
-class _Clock:
+class Clock:
     """Medians of rounds, after a warm-up."""
 
     def __init__(self, device: str, rounds: int) -> None:
@@ -90,7 +90,7 @@ class _Clock:
 
 
 @torch.no_grad()
-def decode_record(model: VisionLanguageModel, context: int, clock: _Clock) -> dict[str, Any]:
+def decode_record(model: VisionLanguageModel, context: int, clock: Clock) -> dict[str, Any]:
     """One greedy token after another, one row, in a CUDA graph where it can be captured."""
     state = filled_state(model, context)
     token = torch.ones(1, 1, dtype=torch.int64, device=model.lm_head_weight.device)
@@ -108,7 +108,7 @@ def decode_record(model: VisionLanguageModel, context: int, clock: _Clock) -> di
 
 
 @torch.no_grad()
-def frame_record(model: VisionLanguageModel, sizes: ModelSizes, clock: _Clock) -> dict[str, Any]:
+def frame_record(model: VisionLanguageModel, sizes: ModelSizes, clock: Clock) -> dict[str, Any]:
     """A frame's patches through the vision tower, its tokens through the decoder, behind a full window."""
     assert model.config.vision is not None
     vision, weight = model.config.vision, model.lm_head_weight
@@ -127,7 +127,7 @@ def frame_record(model: VisionLanguageModel, sizes: ModelSizes, clock: _Clock) -
 
 
 @torch.no_grad()
-def prefill_record(model: VisionLanguageModel, sizes: ModelSizes, clock: _Clock, peak: float) -> dict[str, Any]:
+def prefill_record(model: VisionLanguageModel, sizes: ModelSizes, clock: Clock, peak: float) -> dict[str, Any]:
     """A prompt in chunks; the head for its last token."""
     device = model.lm_head_weight.device
     ids = torch.randint(0, 1000, (1, sizes.prompt), device=device)
@@ -147,7 +147,7 @@ def prefill_record(model: VisionLanguageModel, sizes: ModelSizes, clock: _Clock,
             "utilisation": flops / found["median_s"] / peak}  # fmt: skip
 
 
-def training_record(model: VisionLanguageModel, sizes: ModelSizes, clock: _Clock, peak: float) -> dict[str, Any]:
+def training_record(model: VisionLanguageModel, sizes: ModelSizes, clock: Clock, peak: float) -> dict[str, Any]:
     """Forward and backward of the decoder with its loss, layers recomputed; recomputation does not count as work."""
     model.train()
     model.decoder.activation_checkpointing = True

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from hybridvl.checkpoints import load, read_config
 from hybridvl.cli.arguments import Arguments
+from hybridvl.cli.computing import DTYPES, runner_notes, runner_of, use_threads
 from hybridvl.cli.replying import (
-    DTYPES,
     add_reply_flags,
     model_folder,
     require_output,
@@ -38,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     prompts = _prompts(options)
     folder = model_folder(options.model)
     check_request(options.max_new_tokens, options.chunk)
+    use_threads(options)
     config = read_config(folder)
     _check_media(options, config)
     processor = Processor.load(folder)
@@ -46,12 +47,13 @@ def main(argv: Sequence[str]) -> int:
     inputs = processor.prompt(conversations[0]) if len(prompts) == 1 else processor.batch(conversations)
     _check_inputs(inputs, config, options.max_context)
     model = load(folder, device=options.device, dtype=DTYPES.get(options.dtype))
+    runner = runner_of(options, model)
     pieces = stream_replies(
-        model, processor, inputs, options.max_new_tokens, sampling, options.stop, chunk=options.chunk
+        model, processor, inputs, options.max_new_tokens, sampling, options.stop, options.chunk, runner
     )
     rates = _show(pieces, prompts)
     if rates is not None and not options.quiet and sys.stderr is not None:
-        print(_rates_line(rates), file=sys.stderr)
+        print("\n".join([_rates_line(rates), *runner_notes(options, runner)]), file=sys.stderr)
     return 0
 
 

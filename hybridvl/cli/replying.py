@@ -7,15 +7,12 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 from hybridvl.checkpoints.checkpoint import checkpoint_folder
 from hybridvl.checkpoints.files import parse_json, read_text
+from hybridvl.cli.computing import add_model_flags
 from hybridvl.inference.processor import Processor
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.sampling import Sampling
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # What a model writes must not command a terminal: everything but tab and new line among the control characters.
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\N{REPLACEMENT CHARACTER}")
@@ -43,8 +40,7 @@ def add_reply_flags(parser: argparse.ArgumentParser) -> None:
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1 avoids tokens already there")
     add("--stop", action="append", default=[], metavar="TEXT", help="end a reply before this text; may be repeated")
     add("--seed", type=int, default=None, help="seed of the draws")
-    add("--dtype", choices=DTYPES, help="of the weights (default: as saved)")
-    add("--device", type=_device, default="cpu", help="cpu (default), cuda, cuda:1, ...")
+    add_model_flags(parser)
     add("--quiet", action="store_true", help="no line of rates on standard error")
 
 
@@ -89,16 +85,3 @@ def _stop_ids(folder: Path, processor: Processor) -> tuple[int, ...]:
         ends = parse_json(read_text(path), path).get("eos_token_id")
         stops += [end for end in (ends if isinstance(ends, list) else [ends]) if isinstance(end, int)]
     return tuple(dict.fromkeys(stops))
-
-
-def _device(name: str) -> str:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be used: {reason}") from error
-    if torch.device(name).type == "meta":
-        raise argparse.ArgumentTypeError(
-            "'meta' cannot be used: it keeps shapes without numbers, nothing to reply with"
-        )
-    return name

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from hybridvl.checkpoints import load, read_config
 from hybridvl.cli.arguments import Arguments
+from hybridvl.cli.computing import DTYPES, runner_notes, runner_of, use_threads
 from hybridvl.cli.output import writable
 from hybridvl.cli.replying import (
-    DTYPES,
     add_reply_flags,
     model_folder,
     require_output,
@@ -25,13 +25,13 @@ from hybridvl.data.sources import FrameSource, LiveConfig, open_source
 from hybridvl.data.sources.live import TRANSPORTS
 from hybridvl.data.sources.prefetch import DROPS
 from hybridvl.data.video import VideoProcessor
+from hybridvl.inference.graphs import StepGraphs
 from hybridvl.inference.processor import Processor
 from hybridvl.inference.streaming import LAYOUTS, StreamingSession
 from hybridvl.inference.streaming.showing import BEFORE, Cue, Progress, Show, Showing, Unsaid
 from hybridvl.inference.streaming.steps import frame_limits
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.generation import check_request
-from hybridvl.models.vlm import VisionLanguageModel
 
 _CUE = re.compile(r"(?P<time>start|end|[0-9]+(?:\.[0-9]+)?)s?:(?P<text>.*)", re.DOTALL)
 
@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
     ]
     folder = model_folder(options.checkpoint)
     check_request(options.max_new_tokens, 1)
+    use_threads(options, reading=True)
     if read_config(folder).vision is None:
         raise ConfigError(f"{options.checkpoint}: a model without a vision tower; expected one that can look at frames")
     processor = Processor.load(folder)
@@ -54,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
     keep = writable(options.save_state) if options.save_state else None
     with _opened(options, processor) as source:
         model = load(folder, device=options.device, dtype=DTYPES.get(options.dtype))
-        session = _session(options, model.eval(), processor)
+        runner = runner_of(options, model.eval())
+        session = _session(options, runner, processor)
         showing = Showing(
             max_new_tokens=options.max_new_tokens,
             sampling=sampling,
@@ -66,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         )
         shown = Show(session, source, cues, showing)
         try:
-            _watch(shown, log, options.quiet)
+            _watch(shown, log, options, runner)
         finally:
             # Also where the source broke off or Ctrl-C came: what has been shown is not lost.
             if keep is not None and session.whole and shown.progress.frames:
@@ -85,14 +87,14 @@ def _opened(options: argparse.Namespace, processor: Processor) -> FrameSource:
     return open_source(options.source, fps or None, live=live, place="SOURCE")
 
 
-def _session(options: argparse.Namespace, model: VisionLanguageModel, processor: Processor) -> StreamingSession:
+def _session(options: argparse.Namespace, runner: StepGraphs, processor: Processor) -> StreamingSession:
     if options.load_state is not None:
         own = ("layout", "together", "min_pixels", "max_pixels")
         given = [name for name in own if getattr(options, name) is not None]
         if given:
             flag = given[0].replace("_", "-")
             raise ConfigError(f"--{flag}: given with --load-state; expected one of them: a stream goes on as it began")
-        return StreamingSession.load(options.load_state, model, processor)
+        return StreamingSession.load(options.load_state, runner.model, processor, runner)
     layout = options.layout or "video"
     videos = processor.videos or VideoProcessor(processor.images)
     low, high = frame_limits(processor.images, videos, layout)
@@ -102,12 +104,13 @@ def _session(options: argparse.Namespace, model: VisionLanguageModel, processor:
             min(low, options.max_pixels) if options.min_pixels is None else options.min_pixels,
             max(high, options.min_pixels) if options.max_pixels is None else options.max_pixels,
         )
-    return StreamingSession(model, processor, layout, 1 if options.together is None else options.together, (low, high))
+    together = 1 if options.together is None else options.together
+    return StreamingSession(runner.model, processor, layout, together, (low, high), runner)
 
 
-def _watch(shown: Show, log: StreamLog, quiet: bool) -> None:
+def _watch(shown: Show, log: StreamLog, options: argparse.Namespace, runner: StepGraphs) -> None:
     """Print the replies as they are written and, on a terminal, how the stream goes; then what came of it."""
-    with contextlib.closing(iter(shown)) as events, StreamView(quiet) as view:
+    with contextlib.closing(iter(shown)) as events, StreamView(options.quiet) as view:
         try:
             for event in events:
                 if isinstance(event, Progress):
@@ -126,7 +129,8 @@ def _watch(shown: Show, log: StreamLog, quiet: bool) -> None:
                 log.reply(event)
         finally:
             log.end(shown.progress)
-    view.note(summary(shown.progress))
+    for line in (summary(shown.progress), *runner_notes(options, runner)):
+        view.note(line)
 
 
 def _cue(flag: str, text: str, asks: bool) -> Cue:

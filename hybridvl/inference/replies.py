@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hybridvl.inference.processor import Processor
 from hybridvl.inference.text_stream import TextStream
-from hybridvl.models.generation import PREFILL_CHUNK, GenerationStep
+from hybridvl.models.generation import PREFILL_CHUNK, GenerationStep, StepRunner
 from hybridvl.models.positions import row_lengths
 from hybridvl.models.sampling import Sampling
 from hybridvl.models.vlm import VisionLanguageModel
@@ -68,12 +68,13 @@ def stream_replies(
     sampling: Sampling | None = None,
     stops: Sequence[str] = (),
     chunk: int = PREFILL_CHUNK,
+    runner: StepRunner | None = None,
 ) -> Iterator[ReplyPiece]:
     """The replies to prompts, piece by piece, as soon as each piece is certain; every row ends with a finish reason.
 
     inputs: of `Processor.prompt` or `Processor.batch`. sampling: None is greedy up to the tokenizer's end of turn;
     one without stop_ids ends there too. stops: texts that end a reply and are left out of it. chunk: prompt tokens
-    per call of the layers. Mistakes in the inputs are ConfigErrors.
+    per call of the layers. runner: runs the model's steps, see `generate`. Mistakes in the inputs are ConfigErrors.
     """
     sampling = with_stop(sampling, processor)
     lengths = row_lengths(inputs["input_ids"], inputs.get("attention_mask"), None)
@@ -81,7 +82,7 @@ def stream_replies(
     def steps() -> Iterator[GenerationStep]:
         device = model.lm_head_weight.device
         moved = {name: tensor.to(device) for name, tensor in inputs.items()}
-        return model.steps(**moved, max_new_tokens=max_new_tokens, sampling=sampling, chunk=chunk)
+        return model.steps(**moved, max_new_tokens=max_new_tokens, sampling=sampling, chunk=chunk, runner=runner)
 
     yield from reply_pieces(steps, processor, int(lengths.sum()), len(lengths), stops)
 

@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from hybridvl.models.decoder import ModelState
     from hybridvl.models.vlm import VisionLanguageModel
 
-__all__ = ["PREFILL_CHUNK", "GenerationStep", "Sampling", "check_request", "decode_step", "generate", "prefill"]
+__all__ = [
+    "PREFILL_CHUNK",
+    "GenerationStep",
+    "Sampling",
+    "StepRunner",
+    "check_request",
+    "decode_step",
+    "generate",
+    "prefill",
+]
 
 PREFILL_CHUNK = 2048
 """Prompt tokens that go through the layers at a time, unless a call says otherwise."""
@@ -39,6 +48,33 @@ class GenerationStep:
     state: ModelState
 
 
+class StepRunner:
+    """Runs the steps of a model, each call by itself; `hybridvl.inference.graphs.StepGraphs` has faster ways.
+
+    Args:
+        model: whose steps they are.
+    """
+
+    def __init__(self, model: VisionLanguageModel) -> None:
+        self.model = model
+
+    def encode(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """Features (tokens, D) of patches (P, patch_dim) that lie where the model does; grid_thw: (n, 3) int64."""
+        return self.model.encode_images(pixel_values, grid_thw)
+
+    def run(self, embeds: Tensor, position_ids: Tensor, attention_mask: Tensor | None, state: ModelState) -> Tensor:
+        """Hidden states (B, T, D) of embeddings (B, T, D) at positions (3, B, T), taken into the state in place."""
+        return self.model.run_decoder(embeds, position_ids, attention_mask, state=state)
+
+    def decode(self, tokens: Tensor, state: ModelState) -> Tensor:
+        """Logits (B, vocab) after one more token (B,) of every row, taken into the state in place."""
+        return self.model.logits(decode_step(self.model, tokens, state))
+
+    def fork(self, state: ModelState) -> ModelState:
+        """A copy of a state, for a reply."""
+        return state.clone()
+
+
 @torch.no_grad()
 def generate(
     model: VisionLanguageModel,
@@ -50,13 +86,15 @@ def generate(
     state: ModelState | None = None,
     chunk: int = PREFILL_CHUNK,
     input_ids: Tensor | None = None,
+    runner: StepRunner | None = None,
 ) -> Iterator[GenerationStep]:
     """Decode after a prompt of embeddings (B, T, D) at positions (3, B, T), both as `VisionLanguageModel` makes them.
 
     attention_mask: (B, T), nonzero at real tokens; every row needs one. state: what came before the prompt; a fresh
     one by default. chunk: prompt tokens per call of the layers; any number gives the same result. input_ids: (B, T)
-    tokens of the prompt, needed with a repetition penalty. Ends after max_new_tokens steps, or when every row has met
-    a stop token; finished rows repeat it. `VisionLanguageModel.steps` is the same from tokens and pictures.
+    tokens of the prompt, needed with a repetition penalty. runner: runs the model's steps; by default, each call by
+    itself. Ends after max_new_tokens steps, or when every row has met a stop token; finished rows repeat it.
+    `VisionLanguageModel.steps` is the same from tokens and pictures.
     """
     sampling = sampling or Sampling()
     check_request(max_new_tokens, chunk)
@@ -69,11 +107,11 @@ def generate(
     if max_new_tokens == 0:
         return
     sampler = Sampler(sampling, seen, embeds.device)
-    hidden = prefill(model, embeds, position_ids, attention_mask, state, chunk)
+    runner = runner or StepRunner(model)
+    logits = model.logits(prefill(model, embeds, position_ids, attention_mask, state, chunk, runner))  # (B, vocab)
     stop_ids = torch.tensor(sampling.stop_ids, dtype=torch.int64, device=embeds.device)
     tokens, finished = None, None
     for step in range(max_new_tokens):
-        logits = model.logits(hidden)  # (B, vocab)
         if not bool(logits.isfinite().all()):
             raise ConfigError(
                 f"logits: not finite in {logits.dtype}; expected weights without NaN, in a dtype with room for what "
@@ -87,7 +125,7 @@ def generate(
         yield GenerationStep(tokens, logits, scores, finished, state)
         if step == max_new_tokens - 1 or (sampling.stop_ids and bool(finished.all())):
             return
-        hidden = decode_step(model, tokens, state)
+        logits = runner.decode(tokens, state)
 
 
 @torch.no_grad()
@@ -98,9 +136,11 @@ def prefill(
     attention_mask: Tensor | None,
     state: ModelState,
     chunk: int = PREFILL_CHUNK,
+    runner: StepRunner | None = None,
 ) -> Tensor:
     """Feed a prompt into the state, `chunk` tokens at a time; the hidden state (B, D) of each row's last real token."""
     check_request(0, chunk)
+    runner = runner or StepRunner(model)
     rows, length = embeds.shape[:2]
     last = torch.full((rows,), length - 1, device=embeds.device)
     if attention_mask is not None:
@@ -115,7 +155,7 @@ def prefill(
     for begin in range(0, length, chunk):
         piece = slice(begin, begin + chunk)
         mask = None if attention_mask is None else attention_mask[:, piece]
-        hidden = model.run_decoder(embeds[:, piece], position_ids[:, :, piece], mask, state=state)
+        hidden = runner.run(embeds[:, piece], position_ids[:, :, piece], mask, state)
         here = (last >= begin) & (last < begin + chunk)
         index = (last - begin).clamp(0, hidden.shape[1] - 1)
         picked = hidden[torch.arange(rows, device=hidden.device), index]

@@ -14,7 +14,7 @@ from hybridvl.layers import ConfigError, MixerConfig, Sequence
 from hybridvl.layers.ops.one_row import one_row_products
 from hybridvl.models.config import ModelConfig
 from hybridvl.models.decoder import Decoder, ModelState
-from hybridvl.models.generation import PREFILL_CHUNK, GenerationStep, generate
+from hybridvl.models.generation import PREFILL_CHUNK, GenerationStep, StepRunner, generate
 from hybridvl.models.positions import (
     PositionRules,
     VisualGrids,
@@ -241,6 +241,7 @@ class VisionLanguageModel(nn.Module):
         second_per_grid_ts: Tensor | None = None,
         sampling: Sampling | None = None,
         chunk: int = PREFILL_CHUNK,
+        runner: StepRunner | None = None,
     ) -> Iterator[GenerationStep]:
         """What `generate` does, token by token: an iterator whose first step includes the prefill."""
         embeds = self.embed(input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
@@ -256,6 +257,7 @@ class VisionLanguageModel(nn.Module):
             sampling,
             chunk=chunk,
             input_ids=input_ids,
+            runner=runner,
         )
 
     def embed(

@@ -65,6 +65,25 @@ def test_a_dry_run_measures_every_figure_of_models(report: dict) -> None:
     assert all(record["median_s"] > 0 for record in report["models"])
 
 
+def test_a_dry_run_goes_through_streams(report: dict) -> None:
+    streams = report["streams"]
+    assert streams["wrong"] == []
+    assert [check["step"] for check in streams["checks"]] == [
+        "frames from 8 to 72, window 40",
+        "tokens from 38 to 42, window 40",
+    ]
+    assert [record["figure"] for record in streams["records"]] == [
+        *(f"a token of swa gdn*3 at {context}" for context in (0, 16, 100)),
+        *["a frame of 16 tokens, end to end"] * 2,
+        "a token of swa gdn*3 at 64",
+        "a token of full*4 at 64",
+        "a token of swa*4 at 64",
+    ]
+    assert all(record["median_s"] > 0 for record in streams["records"])
+    assert all(record["how"] != "CUDA graph" for record in [*streams["records"], *streams["checks"]])
+    assert len(streams["goals"]) == 5
+
+
 def test_the_measured_model_has_infinitevls_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from gpu_models import ModelSizes

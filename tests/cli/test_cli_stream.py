@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -13,12 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from streaming_cases import equal_states, stream_model, stream_processor
 from video_cases import decode_all, write_video
 
 import hybridvl
-from hybridvl.cli import main
+from hybridvl.cli import computing, main
+from hybridvl.cli.computing import use_threads
 from hybridvl.inference import Processor
 from hybridvl.inference.streaming import StreamingSession
 
@@ -225,6 +228,7 @@ def wait_until(condition: Any) -> None:
         (["--load-state", "x", "--layout", "video"], "--layout: given with --load-state; expected one of them"),
         (["--log", "."], ".: is a folder; expected the name of a file to write"),
         (["--timeout", "0"], "live.timeout: 0.0; expected seconds"),
+        (["--threads", "0"], "--threads: 0; expected at least 1"),
     ],
 )
 def test_mistakes(
@@ -232,6 +236,42 @@ def test_mistakes(
 ) -> None:
     assert main(["stream", str(video), "--checkpoint", str(folder), *flags]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_threads_and_why_there_are_no_graphs(folder: Path, video: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where they were asked for; nothing is said where not, and nothing becomes another reply."""
+    flags, before = ["stream", str(video), "--checkpoint", str(folder), "--ask", "end:What?"], torch.get_num_threads()
+    told = []
+    try:
+        for more in ([], ["--graphs", "auto"], ["--graphs", "off", "--threads", "1"]):
+            assert main([*flags, *more]) == 0
+            told.append(capsys.readouterr())
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    assert len({shown.out for shown in told}) == 1
+    assert [len(shown.err.splitlines()) for shown in told] == [1, 2, 1]
+    assert told[1].err.splitlines()[1] == "no CUDA graphs: the model is on the device 'cpu'"
+
+
+def test_a_thread_that_reads_has_a_core_where_there_are_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    options, before = argparse.Namespace(threads=None), torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    try:
+        for cores, has, wanted in ((4, 4, 3), (4, 3, 3), (8, 4, 4), (2, 2, 2), (1, 1, 1)):
+            monkeypatch.setattr(computing, "usable_cores", lambda cores=cores: cores)
+            torch.set_num_threads(has)
+            use_threads(options)
+            assert torch.get_num_threads() == has
+            use_threads(options, reading=True)
+            assert torch.get_num_threads() == wanted
+        monkeypatch.setenv("OMP_NUM_THREADS", "4")
+        monkeypatch.setattr(computing, "usable_cores", lambda: 4)
+        torch.set_num_threads(4)
+        use_threads(options, reading=True)
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_sources_that_are_none(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,29 +11,27 @@ from torch.nn.utils.rnn import pad_sequence
 from hybridvl.inference.streaming.steps import FrameStep
 from hybridvl.inference.streaming.timeline import Feed
 from hybridvl.models.decoder import ModelState
-from hybridvl.models.generation import PREFILL_CHUNK
+from hybridvl.models.generation import PREFILL_CHUNK, StepRunner
 from hybridvl.models.vlm import VisionLanguageModel
 
 
 @torch.no_grad()
-def encode_steps(model: VisionLanguageModel, steps: Sequence[FrameStep]) -> list[Tensor]:
+def encode_steps(runner: StepRunner, steps: Sequence[FrameStep]) -> list[Tensor]:
     """Features (tokens, D) of each step, by one call of the vision tower."""
-    device, merge = model.lm_head_weight.device, merge_size(model)
+    device, merge = runner.model.lm_head_weight.device, merge_size(runner.model)
     rows = torch.cat([step.rows for step in steps]).to(device)
     grids = torch.tensor([step.grid for step in steps])
-    return list(model.encode_images(rows, grids).split([step.grid[1] * step.grid[2] // merge**2 for step in steps]))
+    return list(runner.encode(rows, grids).split([step.grid[1] * step.grid[2] // merge**2 for step in steps]))
 
 
 @torch.no_grad()
-def run_feeds(
-    model: VisionLanguageModel, state: ModelState, feeds: Sequence[Feed], features: Sequence[Tensor | None]
-) -> None:
+def run_feeds(runner: StepRunner, state: ModelState, feeds: Sequence[Feed], features: Sequence[Tensor | None]) -> None:
     """Take one feed into every row of a state, in place; features: what the visual tokens of each stand for."""
-    embeds, positions, mask = assembled(model, feeds, features)
+    embeds, positions, mask = assembled(runner.model, feeds, features)
     for begin in range(0, embeds.shape[1], PREFILL_CHUNK):
         piece = slice(begin, begin + PREFILL_CHUNK)
         shown = None if mask is None else mask[:, piece]
-        model.run_decoder(embeds[:, piece], positions[:, :, piece], shown, state=state)
+        runner.run(embeds[:, piece], positions[:, :, piece], shown, state)
 
 
 @torch.no_grad()

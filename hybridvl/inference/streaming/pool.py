@@ -142,6 +142,7 @@ class StreamPool:
             return generate(
                 *(model, embeds, positions, mask, max_new_tokens, with_stop(sampling, processor), state),
                 input_ids=ids.to(embeds.device),
+                runner=self._blank.runner,
             )
 
         tokens = sum(feed.length for feed in feeds)
@@ -153,7 +154,7 @@ class StreamPool:
         merge = merge_size(self._blank.model)
         for number in range(max(map(len, made.values()), default=0)):
             steps = {stream: listed[number] for stream, listed in made.items() if number < len(listed)}
-            features = encode_steps(self._blank.model, list(steps.values()))
+            features = encode_steps(self._blank.runner, list(steps.values()))
             timelines = {stream: self.sessions[stream].timeline.copy() for stream in steps}
             feeds = [
                 timelines[stream].frame(step.grid[1] // merge, step.grid[2] // merge, step.time)
@@ -162,7 +163,7 @@ class StreamPool:
             # On a copy: what breaks off within the layers has changed nothing.
             rows = self._rows(list(steps))
             state: ModelState = self.state.take_rows(rows)
-            run_feeds(self._blank.model, state, feeds, features)
+            run_feeds(self._blank.runner, state, feeds, features)
             self.state.put_rows(rows, state)
             for stream, timeline in timelines.items():
                 self.sessions[stream].timeline = timeline

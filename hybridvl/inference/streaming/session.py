@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hybridvl.data.images import ImageSource
 from hybridvl.data.video import VideoProcessor
+from hybridvl.inference.graphs import StepGraphs
 from hybridvl.inference.processor import Processor
 from hybridvl.inference.replies import ReplyPiece, reply_pieces, with_stop
 from hybridvl.inference.streaming.feeding import assembled, encode_steps, merge_size, run_feeds
@@ -19,7 +20,7 @@ from hybridvl.inference.streaming.steps import FrameStep, StepMaker, frame_limit
 from hybridvl.inference.streaming.timeline import Feed, Timeline
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.decoder import ModelState
-from hybridvl.models.generation import GenerationStep, check_request, generate
+from hybridvl.models.generation import GenerationStep, StepRunner, check_request, generate
 from hybridvl.models.sampling import Sampling
 from hybridvl.models.vlm import VisionLanguageModel
 
@@ -37,6 +38,7 @@ class StreamingSession:
             as an image, as models that were trained on frames between texts know them.
         together: frames in a step, see `StepMaker`.
         limits: smallest and largest area of a frame in pixels; None: the processor's.
+        runner: runs the model's steps; None: `StepGraphs`, which records them on a GPU.
 
     Attributes:
         timeline: which tokens came when.
@@ -54,10 +56,12 @@ class StreamingSession:
         layout: str = "video",
         together: int = 1,
         limits: tuple[float, float] | None = None,
+        runner: StepRunner | None = None,
     ) -> None:
         if model.visual is None:
             raise ConfigError("model: it has no vision tower; expected one that can look at frames")
         self.model = model
+        self.runner = StepGraphs(model) if runner is None else runner
         self.processor = processor
         self.timeline = Timeline.opened(processor.chat, layout, model.config.tokens_per_second)
         videos = processor.videos or VideoProcessor(processor.images)
@@ -94,7 +98,7 @@ class StreamingSession:
 
     def push_step(self, step: FrameStep) -> None:
         """Show frames that were made ready elsewhere."""
-        self.push_features(encode_steps(self.model, [step])[0], step)
+        self.push_features(encode_steps(self.runner, [step])[0], step)
 
     def push_features(self, features: Tensor, step: FrameStep) -> None:
         """Show what the vision tower has made of a step: features (tokens, D)."""
@@ -102,7 +106,7 @@ class StreamingSession:
         merge, timeline = merge_size(self.model), self.timeline.copy()
         feed = timeline.frame(step.grid[1] // merge, step.grid[2] // merge, step.time)
         self._whole = False
-        run_feeds(self.model, self.state, [feed], [features])
+        run_feeds(self.runner, self.state, [feed], [features])
         self.timeline, self._whole = timeline, True
 
     def say(self, text: str) -> None:
@@ -126,7 +130,7 @@ class StreamingSession:
         """
         check_request(max_new_tokens, 1)
         self._require_whole()
-        fork = self.fork()
+        fork = self.fork(self.runner.fork(self.state))
         fork._show_rest()
         feed = fork.timeline.question(question)
         return fork._reply(feed, max_new_tokens, with_stop(sampling, self.processor), stops)
@@ -158,14 +162,16 @@ class StreamingSession:
         write_stream(Path(path), self.model, SavedStream(self.timeline, self.steps, self.state))
 
     @classmethod
-    def load(cls, path: str | Path, model: VisionLanguageModel, processor: Processor) -> StreamingSession:
-        """The session that `save` wrote.
+    def load(
+        cls, path: str | Path, model: VisionLanguageModel, processor: Processor, runner: StepRunner | None = None
+    ) -> StreamingSession:
+        """The session that `save` wrote; runner: as of the class.
 
         Raises:
             ConfigError: the file is missing, damaged, of another version or of another checkpoint.
         """
         saved = read_stream(Path(path), model, processor)
-        made = cls(model, processor, saved.timeline.layout, saved.steps.together, saved.steps.limits)
+        made = cls(model, processor, saved.timeline.layout, saved.steps.together, saved.steps.limits, runner)
         made.timeline, made.steps, made.state = saved.timeline, saved.steps, saved.state
         return made
 
@@ -182,6 +188,10 @@ class StreamingSession:
         def steps() -> Iterator[GenerationStep]:
             embeds, positions, _ = assembled(self.model, [feed], [None])
             asked = torch.tensor([feed.before], device=embeds.device)
-            return generate(self.model, embeds, positions, None, max_new_tokens, sampling, self.state, input_ids=asked)
+            return generate(
+                *(self.model, embeds, positions, None, max_new_tokens, sampling, self.state),
+                input_ids=asked,
+                runner=self.runner,
+            )
 
         return reply_pieces(steps, self.processor, feed.length, 1, stops)

@@ -207,7 +207,7 @@ class Show:
         with _undivided():
             for step in self.session.steps.take(prepared.frame, prepared.time + self._after):
                 begin = time.perf_counter()
-                (features,) = encode_steps(self.session.model, [step])
+                (features,) = encode_steps(self.session.runner, [step])
                 _finish(self.session.model)
                 between = time.perf_counter()
                 self.session.push_features(features, step)
