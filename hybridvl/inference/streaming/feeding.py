@@ -27,13 +27,17 @@ def encode_steps(model: VisionLanguageModel, steps: Sequence[FrameStep]) -> list
 @torch.no_grad()
 def run_feeds(
     model: VisionLanguageModel, state: ModelState, feeds: Sequence[Feed], features: Sequence[Tensor | None]
-) -> None:
-    """Take one feed into every row of a state, in place; features: what the visual tokens of each stand for."""
+) -> Tensor:
+    """Take one feed into every row of a state, in place; features: what the visual tokens of each stand for.
+
+    Returns the hidden states (B, T, D), after the final norm, of the last T tokens, at most PREFILL_CHUNK.
+    """
     embeds, positions, mask = assembled(model, feeds, features)
     for begin in range(0, embeds.shape[1], PREFILL_CHUNK):
         piece = slice(begin, begin + PREFILL_CHUNK)
         shown = None if mask is None else mask[:, piece]
-        model.run_decoder(embeds[:, piece], positions[:, :, piece], shown, state=state)
+        hidden = model.run_decoder(embeds[:, piece], positions[:, :, piece], shown, state=state)
+    return hidden
 
 
 @torch.no_grad()
