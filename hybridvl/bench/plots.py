@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator, ScalarFormatter
 
 from hybridvl.bench.report import Record
 from hybridvl.pictures import GRID, INK, default_style, figure
-from hybridvl.plan.units import tokens
+from hybridvl.plan.units import tokens, with_prefix
 
 _COLOURS = ("#2f6690", "#c8553d", "#e9a23b", "#3a9679", "#7d5ba6", "#6b705c")
-
-
 _MARKS: tuple[dict[str, Any], ...] = (
     {"marker": "o", "linestyle": "-"},
     {"marker": "s", "linestyle": "-"},
@@ -31,7 +30,12 @@ Point = tuple[int, Record, Mapping[str, Any]]
 
 @default_style()
 def draw_lengths(records: Sequence[Record], title: str, path: Path) -> None:
-    """Write a PNG against the length: left the time with its quartiles; right the memory.
+    """Write `lengths_figure` as a PNG."""
+    lengths_figure(records, title).savefig(path, format="png")
+
+
+def lengths_figure(records: Sequence[Record], title: str) -> Figure:
+    """Against the length: left the time with its quartiles, right the memory; within `default_style`.
 
     Of models the time is that of a token or a frame, and the memory what is held, weights and state; of operators it
     is the scratch memory, where it was measured.
@@ -55,12 +59,15 @@ def draw_lengths(records: Sequence[Record], title: str, path: Path) -> None:
     lengths = sorted({length for points in lines.values() for length, _, _ in points})
     _length_axes(time, lengths, label, f"ms a {unit}" if held else "ms")
     _logarithmic(time)
-    _length_axes(memory, lengths, label, "GB held: weights and state" if held else "MB of memory beside the results")
+    _length_axes(
+        memory, lengths, label, "memory held: weights and state" if held else "MB of memory beside the results"
+    )
     if held:
         memory.set_ylim(bottom=0)
+        memory.yaxis.set_major_formatter(FuncFormatter(lambda size, _: with_prefix(size, "B")))
     else:
         _logarithmic(memory)
-    made.savefig(path, format="png")
+    return made
 
 
 @default_style()
@@ -104,7 +111,7 @@ def _draw_time(axes: Axes, points: Sequence[Point], held: bool, look: dict[str, 
 
 def _draw_memory(axes: Axes, points: Sequence[Point], held: bool, look: dict[str, Any]) -> None:
     if held:
-        found = [(length, (side["weight_bytes"] + side["state_bytes"]) / 1e9) for length, _, side in points]
+        found = [(length, side["weight_bytes"] + side["state_bytes"]) for length, _, side in points]
     else:
         found = [(length, side["scratch_bytes"] / 1e6) for length, _, side in points if side["scratch_bytes"]]
     if found:
