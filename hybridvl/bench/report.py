@@ -235,4 +235,5 @@ def _memory(side: Mapping[str, Any]) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.4g}"
+    found = 1e3 * seconds
+    return f"{found:.4g}" if found < 1e4 else f"{found:,.0f}"

@@ -53,8 +53,11 @@ def stream_works(request: ModelRequest, contexts: Sequence[int], side: int) -> I
     """For every context, one more frame of side x side visual tokens after it.
 
     Models of other patterns share the vision tower of ours. States are filled with noise (`filled_state`). Of
-    transformers' Qwen2.5-VL the hidden states of the frame, and the logits after a question that follows it, must equal
-    those of our full attention.
+    transformers' Qwen2.5-VL the features of the frame, the hidden state after it, and the logits after a question that
+    follows must equal those of our full attention.
+
+    Raises:
+        ConfigError: side is not a number of tokens, or the patterns do not fit the peers.
     """
     if side < 1:
         raise ConfigError(f"--side {side}: expected at least 1 visual token")
