@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 _OPERATOR = "on tensors that are there already; without making them"
 _DRAWN = "states are full of noise instead of what was read"
@@ -26,6 +27,6 @@ MEMORY = (
 )
 
 
-def included(directions: Iterable[str]) -> dict[str, str]:
-    """A line of text for every direction, each once, and one for memory."""
-    return {direction: INCLUDED[direction] for direction in directions} | {"memory": MEMORY}
+def included(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Of records of measurements: a line of text for every direction among them, and one for memory."""
+    return {record["direction"]: INCLUDED[record["direction"]] for record in records} | {"memory": MEMORY}

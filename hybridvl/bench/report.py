@@ -73,13 +73,8 @@ def markdown(records: Sequence[Record]) -> str:
     lines = [f"| {' | '.join(_COLUMNS[i] for i in shown)} |", "|" + "---|" * len(shown)]
     lines += [f"| {' | '.join(cells[i] or _NONE for i in shown)} |" for cells in rows]
     table = "\n".join(lines)
-    notes = "\n".join(f"- {text}" for text in includes(records).values())
+    notes = "\n".join(f"- {text}" for text in included(records).values())
     return f"{table}\n\nWhat the figures include:\n\n{notes}\n"
-
-
-def includes(records: Iterable[Record]) -> dict[str, str]:
-    """What the figures of these records include and leave out, a line each by direction, and of memory."""
-    return included(record["direction"] for record in records)
 
 
 def to_csv(records: Sequence[Record]) -> str:
@@ -108,7 +103,7 @@ def to_csv(records: Sequence[Record]) -> str:
 def to_json(records: Sequence[Record], machine: Mapping[str, Any], growth: Sequence[Record] = ()) -> str:
     """Machine, versions, date, what is included, every measurement with the seconds of every round, and how cost
     grows."""
-    about = {"machine": machine, "includes": includes(records)}
+    about = {"machine": machine, "includes": included(records)}
     return json.dumps({**about, "results": list(records), "growth": list(growth)}, indent=1) + "\n"
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from hybridvl.bench import report
 from hybridvl.bench.cases import Request
 from hybridvl.bench.catalogue import CASES, build, find_case
+from hybridvl.bench.included import included
 from hybridvl.bench.machine import Limits, describe, measure_limits, usable_device
 from hybridvl.bench.model_cases import QWEN3_NEXT, QWEN25, ModelRequest, decode_works, prefill_works, train_work
 from hybridvl.bench.runner import Settings, measure
@@ -234,7 +235,7 @@ def _publish(options: argparse.Namespace, records: list[dict[str, Any]], run: _R
 
 
 def _print_included(console: Console, records: Sequence[dict[str, Any]]) -> None:
-    for text in report.includes(records).values():
+    for text in included(records).values():
         console.print(text, markup=False, highlight=False)
 
 
