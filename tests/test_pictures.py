@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from strange_style import strange_style
 
-from hybridvl.bench.plots import draw_growth, draw_ratios
+from hybridvl.bench.plots import draw_lengths, draw_ratios, lengths_figure
 from hybridvl.models.config import ModelConfig
 from hybridvl.pictures import default_style, figure, plain, png
 from hybridvl.plan.costs import plan_model
@@ -25,6 +25,8 @@ RECORDS: list[dict[str, Any]] = [
         "title": f"gdn, {length} tokens",
         "sizes": {"T": length},
         "direction": "forward",
+        "dtype": "float32",
+        "device": "cpu",
         "sides": [SIDE, {**SIDE, "name": "theirs", "median": 0.003}],
         "ratios": {"theirs": {"median": 1.5, "low": 1.2, "high": 1.8}},
         "goal": 1.0,
@@ -41,7 +43,7 @@ def plans(_: Path) -> bytes:
 
 
 def growth(path: Path) -> bytes:
-    draw_growth(RECORDS, "T", "Growth", path)
+    draw_lengths(RECORDS, "Growth", path)
     return path.read_bytes()
 
 
@@ -63,6 +65,36 @@ def test_a_picture_does_not_depend_on_a_matplotlibrc(
     with strange_style():
         assert draw(tmp_path / "strange.png") == usual
     assert "No Such Font" not in caplog.text
+
+
+@pytest.mark.parametrize(("frames", "unit"), [(1, "frame"), (None, "token")])
+def test_time_and_memory_against_the_context(frames: int | None, unit: str) -> None:
+    """Also of an empty context, on an axis of powers of 2."""
+    contexts = (0, 1024, 4096)
+    records = [
+        {
+            "sizes": {"D": 64, "T": context},
+            "direction": "stream" if frames else "decode",
+            "dtype": "float32",
+            "device": "cpu",
+            "frames": frames,
+            "tokens": 4,
+            "sides": [{**SIDE, "weight_bytes": 4_000_000, "state_bytes": 1000 * context}],
+        }
+        for context in contexts
+    ]
+    with default_style():
+        made = lengths_figure(records, "Streams")
+        made.canvas.draw()
+    time, memory = made.axes
+    assert time.get_ylabel() == f"ms a {unit}"
+    [line] = memory.lines
+    assert line.get_ydata() == pytest.approx([4_000_000, 5_024_000, 8_096_000])
+    assert list(time.lines[0].get_ydata()) == pytest.approx([2.0 if frames else 0.5] * 3)
+    for axes in (time, memory):
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1K", "4K"]
+        places = axes.transData.transform([(context, 1.0) for context in contexts])[:, 0]
+        assert 100 < places[1] - places[0] < places[2] - places[0] - 100
 
 
 def test_the_style_of_a_person_is_theirs_again_afterwards() -> None:

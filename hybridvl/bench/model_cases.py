@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hybridvl.bench.filling import filled_state
+from hybridvl.bench.filling import filled_state, rewinder
 from hybridvl.bench.plain import modeling, plain_functions
 from hybridvl.bench.qwen2_5_vl import Qwen25TextPeer
 from hybridvl.bench.qwen3_next import gated, peer_weights, qwen3_next_peer, start_as_qwen3_next
@@ -34,7 +34,7 @@ class ModelRequest:
 
     Attributes:
         config: sizes of every model; its pattern is ours.
-        peers: QWEN3_NEXT (training), QWEN25 (prefill, decode) or patterns of further models of ours.
+        peers: QWEN3_NEXT (training), QWEN25 (inference) or patterns of further models of ours.
         dtype, device: of the weights; training in bfloat16 is autocast over float32 weights.
         batch, tokens: rows and tokens of a training step.
         loss_chunk: tokens whose logits exist at once, in our training steps.
@@ -109,20 +109,27 @@ def train_work(request: ModelRequest) -> Work:
 
 def decode_works(request: ModelRequest, contexts: Sequence[int]) -> Iterator[Work]:
     """For every context, one more token after it; the states are filled with noise (`filled_state`)."""
-    models, peer = _inference_models(request)
+    models, peer = inference_models(request)
     token = torch.zeros(1, 1, dtype=torch.int64, device=request.device)
     for context in contexts:
         sides = []
         for pattern, model in models.items():
             state = filled_state(model, context)
-            sides.append(Side(pattern, _step(model, token, state)))
+            side = Side(
+                pattern,
+                _step(model, token, state),
+                before=rewinder(state, tokens=1),
+                weight_bytes=weight_bytes(model),
+                state_bytes=state.nbytes,
+            )
+            sides.append(side)
             if peer is not None and model is peer[1]:
                 cache = peer[0].cache(state, context)
-                sides.append(Side(QWEN25, _peer_step(peer[0], token, cache), same_as=pattern))
+                run, before = _peer_step(peer[0], token, cache), peer[0].rewinder(cache)
+                sides.append(peer_side(side, run, before, peer[0].cache_bytes(context)))
             del state
         first = next(iter(models.values()))
         plan = plan_model(first.config, [context], request.dtype)
-        weights = sum(parameter.nbytes for parameter in first.parameters())
         yield Work(
             name=f"decode {request.pattern}",
             sizes={"D": request.config.width, "T": context},
@@ -131,7 +138,7 @@ def decode_works(request: ModelRequest, contexts: Sequence[int]) -> Iterator[Wor
             device=request.device,
             sides=tuple(sides),
             flops=float(plan.decode_flops(context)),
-            nbytes=weights + plan.state_bytes(context),
+            nbytes=weight_bytes(first) + plan.state_bytes(context),
             tokens=1,
             tolerance=TOLERANCES[request.dtype_name],
         )
@@ -139,17 +146,24 @@ def decode_works(request: ModelRequest, contexts: Sequence[int]) -> Iterator[Wor
 
 def prefill_works(request: ModelRequest, lengths: Sequence[int]) -> Iterator[Work]:
     """For every length, reading so many tokens in chunks from an empty state, and the logits after the last."""
-    models, peer = _inference_models(request)
+    models, peer = inference_models(request)
     generator = torch.Generator().manual_seed(0)
     for length in lengths:
         ids = torch.randint(0, request.config.vocab_size, (1, length), generator=generator).to(request.device)
         chunks = ids.split(request.prefill_chunk, dim=1)
         sides = []
-        for pattern, model in models.items():
-            sides.append(Side(pattern, _reading(model, chunks)))
+        plans = [plan_model(model.config, [length], request.dtype) for model in models.values()]
+        for (pattern, model), plan in zip(models.items(), plans, strict=True):
+            side = Side(
+                pattern,
+                _reading(model, chunks),
+                weight_bytes=weight_bytes(model),
+                state_bytes=plan.state_bytes(length),
+            )
+            sides.append(side)
             if peer is not None and model is peer[1]:
-                sides.append(Side(QWEN25, _peer_reading(peer[0], chunks), same_as=pattern))
-        plan = plan_model(next(iter(models.values())).config, [length], request.dtype)
+                sides.append(peer_side(side, _peer_reading(peer[0], chunks), None, peer[0].cache_bytes(length)))
+        plan = plans[0]
         head = plan.head_flops * (length - 1)  # only the last token's logits are made
         yield Work(
             name=f"prefill {request.pattern}",
@@ -164,15 +178,31 @@ def prefill_works(request: ModelRequest, lengths: Sequence[int]) -> Iterator[Wor
         )
 
 
+def peer_side(
+    ours: Side,
+    run: Callable[[], Results],
+    before: Callable[[], None] | None,
+    cache_bytes: int,
+    check: Callable[[], Results] | None = None,
+) -> Side:
+    """The side QWEN25, which has the weights of a side of ours and must have its results."""
+    return Side(QWEN25, run, check, ours.name, before, ours.weight_bytes, cache_bytes)
+
+
+def weight_bytes(model: VisionLanguageModel) -> int:
+    """Bytes of a model's parameters; tied ones count once."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
 def _build(config: ModelConfig, device: str, dtype: torch.dtype) -> VisionLanguageModel:
     torch.manual_seed(0)
     return VisionLanguageModel(config).to(device, dtype)
 
 
-def _inference_models(
+def inference_models(
     request: ModelRequest,
 ) -> tuple[dict[str, VisionLanguageModel], tuple[Qwen25TextPeer, VisionLanguageModel] | None]:
-    """Our models by pattern, and the peer with the model of ours whose weights it has."""
+    """Our models by pattern, and the peer QWEN25, if asked for, with the model of ours whose weights it has."""
     # Weights large enough that every layer shows in the logits.
     config = dataclasses.replace(request.config, init_std=0.7 * request.config.width**-0.5)
     models = {

@@ -1,7 +1,8 @@
-"""transformers' Qwen2.5-VL text model with the weights, and the cached keys and values, of one of ours."""
+"""transformers' Qwen2.5-VL, text model and vision tower, with the weights and the cached keys and values of ours."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.full import FullAttentionConfig
 from hybridvl.models.decoder import ModelState
 from hybridvl.models.positions import rotary_sections
+from hybridvl.models.vision import VisionTower
 from hybridvl.models.vlm import VisionLanguageModel
 
 _NAMES = {"mixer_norm.": "input_layernorm.", "mixer.": "self_attn.", "mlp_norm.": "post_attention_layernorm."}
@@ -50,10 +52,64 @@ class Qwen25TextPeer:
             cache.update(*(x[:, :context].transpose(1, 2).contiguous() for x in (layer.k, layer.v)), index)
         return cache
 
+    def cache_bytes(self, context: int) -> int:
+        """Bytes of a cache of so many tokens."""
+        config = self._config
+        heads = config.num_hidden_layers * config.num_key_value_heads
+        return 2 * heads * config.head_dim * context * self._head.itemsize
+
+    def rewinder(self, cache: Any) -> Callable[[], None]:
+        """What brings a cache back to the tokens that it has now."""
+        context = cache.get_seq_length()
+
+        def rewind() -> None:
+            if further := cache.get_seq_length() - context:
+                cache.crop(-further)
+
+        return rewind
+
     def logits(self, input_ids: Tensor, cache: Any) -> Tensor:
         """(B, 1, vocab) after the last of the tokens (B, T), which go on from the cache."""
         hidden = self.text(input_ids=input_ids, past_key_values=cache, use_cache=True).last_hidden_state
         return F.linear(hidden[:, -1:], self._head)
+
+    def hidden(self, embeds: Tensor, positions: Tensor, cache: Any) -> Tensor:
+        """Hidden states (B, T, D), after the final norm, of embeddings (B, T, D) at positions (3, B, T), which go on
+        from the cache."""
+        found: Tensor = self.text(
+            inputs_embeds=embeds, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
+        return found
+
+
+class Qwen25VisionPeer:
+    """The vision tower; its weights are our tower's own memory."""
+
+    def __init__(self, tower: VisionTower) -> None:
+        module, config = modeling("qwen2_5_vl"), tower.config
+        theirs = module.Qwen2_5_VLVisionConfig(
+            depth=config.depth,
+            hidden_size=config.width,
+            intermediate_size=config.mlp_width,
+            num_heads=config.heads,
+            in_channels=config.channels,
+            patch_size=config.patch_size,
+            spatial_merge_size=config.spatial_merge_size,
+            temporal_patch_size=config.temporal_patch_size,
+            window_size=config.window_size,
+            out_hidden_size=tower.out_width,
+            fullatt_block_indexes=config.full_attention_blocks,
+        )
+        theirs._attn_implementation = "sdpa"
+        weight = tower.patch_embed.proj.weight
+        self.tower: nn.Module = module.Qwen2_5_VisionTransformerPretrainedModel(theirs).eval()
+        self.tower.load_state_dict({name: value.detach() for name, value in tower.named_parameters()}, assign=True)
+        self.tower.to(weight.device)
+
+    def features(self, rows: Tensor, grid_thw: Tensor) -> Tensor:
+        """Features (tokens, D) of patches (P, patch_dim) of grids (n, 3)."""
+        found: Tensor = self.tower(rows, grid_thw=grid_thw).pooler_output
+        return found
 
 
 def _their_name(name: str) -> str:

@@ -12,48 +12,69 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from hybridvl.bench.included import included
 from hybridvl.bench.stats import growth
 from hybridvl.plan.units import with_prefix
 
 Record = Mapping[str, Any]
 
-_COLUMNS = "work", "peer", "ours", "its time", "ratio (interval)", "goal", "of matmul, bandwidth", "memory, ours / peer"
+_COLUMNS = (
+    *("work", "peer", "ours", "its time", "ratio (interval)", "goal", "of matmul, bandwidth"),
+    *("frames/s, ours / peer", "state, ours / peer", "memory, ours / peer"),
+)
+_LATER = _COLUMNS[7:9]  # shown where some work has them
+_UNITS = {"decode": " a token", "stream": " a frame"}
 _NONE = "-"
 _FEWEST = 3  # lengths for which growth is told
 
 
 def results_table(records: Sequence[Record]) -> Table:
-    """A row for every side: time, ratio to ours, rates and shares of the limits, memory, difference."""
+    """A row for every side: time, ratio to ours, rates and shares of the limits, memory, difference; columns that would
+    be empty are left out."""
+    rows = [_cells(record, side) for record in records for side in record["sides"]]
+    shown = [name for name in rows[0] if any(cells[name] for cells in rows)]
+    units = {_unit(record) for record in records}
+    unit = units.pop() if len(units) == 1 else ""
     table = Table(box=box.ROUNDED)
     table.add_column("work", overflow="fold", max_width=44)
     table.add_column("side", overflow="fold")
-    for name in ("ms\n(quartiles)", "side / ours\n(interval)", "FLOP/s", "bytes/s", "tokens/s", "peak\nmemory"):
-        table.add_column(name, justify="right")
-    table.add_column("difference", justify="right")
+    for name in shown:
+        table.add_column(f"ms{unit}{name.removeprefix('ms')}" if name.startswith("ms") else name, justify="right")
     for record in records:
         for index, side in enumerate(record["sides"]):
             title = escape(record["title"]) if index == 0 else _coloured_goal(record, side["name"])
             last = index == len(record["sides"]) - 1
-            table.add_row(title, escape(side["name"]), *_cells(record, side), end_section=last)
+            cells = _cells(record, side)
+            table.add_row(title, escape(side["name"]), *(cells[name] for name in shown), end_section=last)
     return table
 
 
 def markdown(records: Sequence[Record]) -> str:
-    """A Markdown table, a row for every pair of ours and another side; shares of the limits are ours."""
-    lines = [f"| {' | '.join(_COLUMNS)} |", "|" + "---|" * len(_COLUMNS)]
+    """A Markdown table, a row for every pair of ours and another side, and what is included; shares of the limits are
+    ours."""
+    rows = []
     for record in records:
         ours, *others = record["sides"]
         shares = [ours.get(f"{kind}_share_of_limit") for kind in ("flops", "bytes")]
-        share = ", ".join(_NONE if value is None else f"{value:.0%}" for value in shares)
+        share = ", ".join(_NONE if value is None else f"{value:.0%}" for value in shares) if any(shares) else ""
         for other in others or [None]:
-            cells = [record["title"], _NONE, f"{_ms(ours['median'])} ms", _NONE, _NONE, _NONE, share, _memory(ours)]
+            pair = [ours] if other is None else [ours, other]
+            times = [f"{_ms(side['median'])} ms{_unit(record)}" for side in pair]
+            cells = [record["title"], _NONE, times[0], _NONE, _NONE, _NONE, share]
             if other is not None:
-                cells[1], cells[3] = other["name"], f"{_ms(other['median'])} ms"
+                cells[1], cells[3] = other["name"], times[1]
                 cells[4] = _ratio_text(record["ratios"][other["name"]])
                 cells[5] = _goal_text(record, other["name"]) or _NONE
-                cells[7] = f"{_memory(ours)} / {_memory(other)}"
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            for text in (_frames, _state, _memory):
+                found = [text(side) for side in pair]
+                cells.append(" / ".join(found) if any(found) else "")
+            rows.append(cells)
+    shown = [i for i, name in enumerate(_COLUMNS) if name not in _LATER or any(cells[i] for cells in rows)]
+    lines = [f"| {' | '.join(_COLUMNS[i] for i in shown)} |", "|" + "---|" * len(shown)]
+    lines += [f"| {' | '.join(cells[i] or _NONE for i in shown)} |" for cells in rows]
+    table = "\n".join(lines)
+    notes = "\n".join(f"- {text}" for text in included(records).values())
+    return f"{table}\n\nWhat the figures include:\n\n{notes}\n"
 
 
 def to_csv(records: Sequence[Record]) -> str:
@@ -80,8 +101,10 @@ def to_csv(records: Sequence[Record]) -> str:
 
 
 def to_json(records: Sequence[Record], machine: Mapping[str, Any], growth: Sequence[Record] = ()) -> str:
-    """Machine, versions, date, every measurement with the seconds of every round, and how cost grows."""
-    return json.dumps({"machine": machine, "results": list(records), "growth": list(growth)}, indent=1) + "\n"
+    """Machine, versions, date, what is included, every measurement with the seconds of every round, and how cost
+    grows."""
+    about = {"machine": machine, "includes": included(records)}
+    return json.dumps({**about, "results": list(records), "growth": list(growth)}, indent=1) + "\n"
 
 
 def growth_table(rows: Sequence[Record]) -> Table:
@@ -118,6 +141,7 @@ def growths(records: Sequence[Record]) -> list[dict[str, Any]]:
         first = group[0]
         for name in dict.fromkeys(side["name"] for record in group for side in record["sides"]):
             sides = [(r["sizes"]["T"], side) for r in group for side in r["sides"] if side["name"] == name]
+            sides = [(length, side) for length, side in sides if length > 0]  # an exponent knows no length of 0
             if len(sides) < _FEWEST:
                 continue
             sides.sort(key=lambda point: point[0])
@@ -151,18 +175,25 @@ def _goal_text(record: Record, side: str) -> str:
     return f"≥ {record['goal']:g}, {'met' if record['goal_met'] else 'missed'}"
 
 
-def _cells(record: Record, side: Mapping[str, Any]) -> list[str]:
+def _cells(record: Record, side: Mapping[str, Any]) -> dict[str, str]:
+    """By the heads of their columns."""
     ratio, difference = record["ratios"].get(side["name"]), _difference(record, side)
-    tokens = side.get("tokens_per_second")
-    return [
-        f"{_ms(side['median'])}\n({_ms(side['quartile_low'])} to {_ms(side['quartile_high'])})",
-        "" if ratio is None else _ratio_text(ratio).replace(" (", "\n(", 1),
-        _rate(side, "flops", "FLOP/s"),
-        _rate(side, "bytes", "B/s"),
-        "" if tokens is None else f"{tokens:,.4g}" if tokens < 1000 else f"{tokens:,.0f}",
-        _memory(side),
-        "" if difference is None else f"{difference:.1e}",
-    ]
+    return {
+        "ms\n(quartiles)": f"{_ms(side['median'])}\n({_ms(side['quartile_low'])} to {_ms(side['quartile_high'])})",
+        "side / ours\n(interval)": "" if ratio is None else _ratio_text(ratio).replace(" (", "\n(", 1),
+        "FLOP/s": _rate(side, "flops", "FLOP/s"),
+        "bytes/s": _rate(side, "bytes", "B/s"),
+        "frames/s": _frames(side),
+        "tokens/s": _number(side.get("tokens_per_second")),
+        "state": _state(side),
+        "peak\nmemory": _memory(side),
+        "difference": "" if difference is None else f"{difference:.1e}",
+    }
+
+
+def _unit(record: Record) -> str:
+    """What a time is of, where it is that of a token or a frame."""
+    return _UNITS.get(record["direction"], "")
 
 
 def _coloured_goal(record: Record, side: str) -> str:
@@ -181,9 +212,23 @@ def _rate(side: Mapping[str, Any], kind: str, unit: str) -> str:
     return with_prefix(rate, unit) + ("" if share is None else f"\n{share:.0%}")
 
 
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _frames(side: Mapping[str, Any]) -> str:
+    return _number(side.get("frames_per_second"))
+
+
+def _state(side: Mapping[str, Any]) -> str:
+    held = side.get("state_bytes")  # records of suites from before have none
+    return "" if held is None else with_prefix(held, "B")
+
+
 def _memory(side: Mapping[str, Any]) -> str:
     return _NONE if side["peak_bytes"] is None else with_prefix(side["peak_bytes"], "B")
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.4g}"
+    found = 1e3 * seconds
+    return f"{found:.4g}" if found < 1e4 else f"{found:,.0f}"

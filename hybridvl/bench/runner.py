@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hybridvl.bench.machine import Limits
 from hybridvl.bench.memory import Peak, peak_memory
-from hybridvl.bench.sides import Work, compare, errors
+from hybridvl.bench.sides import Side, Work, compare, errors
 from hybridvl.bench.stats import Ratio, Spread, ratio, spread
 from hybridvl.bench.timing import Timer, interleave, timer
 
@@ -33,11 +33,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Measured:
-    """One side: seconds of every round, and memory of one run (None: not measured)."""
+    """One side: seconds of every round, memory of one run (None: not measured), and what it holds, see `Side`."""
 
     name: str
     seconds: tuple[float, ...]
     peak: Peak | None
+    weight_bytes: int | None
+    state_bytes: int | None
 
     @property
     def spread(self) -> Spread:
@@ -76,19 +78,23 @@ class Measurement:
         return self.work.goal_peer or next(iter(self.ratios), "")
 
     def rates(self, side: Measured) -> dict[str, float]:
-        """Of a side: FLOP/s, bytes/s and tokens/s at its median, and the first two as shares of the limits.
+        """Of a side at its median: tokens/s and frames/s, milliseconds of each, FLOP/s and bytes/s with their shares of
+        the limits.
 
-        FLOPs and bytes are those of our work: sides that do other work have tokens/s alone.
+        FLOPs and bytes are those of our work: sides that do other work have none.
         """
         seconds, work = side.spread.median, self.work
         ours = work.sides[0].name
         found = {}
+        for unit, count in (("token", work.tokens), ("frame", work.frames)):
+            if count:
+                found[f"{unit}s_per_second"] = count / seconds
+                found[f"ms_per_{unit}"] = 1e3 * seconds / count
         if side.name != ours and all(other.same_as != ours for other in work.sides if other.name == side.name):
-            return {"tokens_per_second": work.tokens / seconds} if work.tokens else {}
+            return found
         for name, amount, limit in (
             ("flops", work.flops, self.limits and self.limits.matmul_flops),
             ("bytes", work.nbytes, self.limits and self.limits.bytes),
-            ("tokens", work.tokens, None),
         ):
             if amount:
                 found[f"{name}_per_second"] = amount / seconds
@@ -109,6 +115,7 @@ class Measurement:
             "flops": work.flops,
             "bytes": work.nbytes,
             "tokens": work.tokens,
+            "frames": work.frames,
             "sides": [self._side_dict(side) for side in self.sides],
             "ratios": {name: vars(found) for name, found in self.ratios.items()},
             "differences": self.differences,
@@ -129,6 +136,8 @@ class Measurement:
             "seconds": list(side.seconds),
             "peak_bytes": side.peak and side.peak.peak,
             "scratch_bytes": side.peak and side.peak.scratch,
+            "weight_bytes": side.weight_bytes,
+            "state_bytes": side.state_bytes,
             **self.rates(side),
         }
 
@@ -147,8 +156,13 @@ def measure(
         settings.measure or timer(work.device),
         lambda text: say(f"{work.title}: {text}"),
     )
-    peaks = {side.name: peak_memory(side.run, work.device) if settings.memory else None for side in work.sides}
-    sides = tuple(Measured(side.name, tuple(seconds[side.name]), peaks[side.name]) for side in work.sides)
+    sides = tuple(_measured(side, seconds[side.name], work.device, settings.memory) for side in work.sides)
     first, *others = sides
     ratios = {other.name: ratio(other.seconds, first.seconds) for other in others}
     return Measurement(work, sides, ratios, differences, wrong, limits)
+
+
+def _measured(side: Side, seconds: Sequence[float], device: str, memory: bool) -> Measured:
+    side.begin()
+    peak = peak_memory(side.run, device) if memory else None
+    return Measured(side.name, tuple(seconds), peak, side.weight_bytes, side.state_bytes)

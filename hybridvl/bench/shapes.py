@@ -31,12 +31,12 @@ def parse_shape(text: str, defaults: Mapping[str, int], place: str = "--shape") 
     return sizes
 
 
-def parse_lengths(texts: Sequence[str], place: str) -> list[int]:
+def parse_lengths(texts: Sequence[str], place: str, least: int = 1) -> list[int]:
     """Numbers of tokens: "1024", "4K", "1M"; ascending, each once."""
     found = set()
     for text in texts:
         match = re.fullmatch(r"(\d+)([KM]?)", text.upper())
-        if match is None or int(match[1]) < 1:
+        if match is None or int(match[1]) < least:
             raise ConfigError(f"{place} {text!r}: expected a number of tokens such as 2048 or 4K")
         found.add(int(match[1]) * _FACTORS[match[2]])
     return sorted(found)

@@ -26,12 +26,23 @@ class Side:
         check: results that are compared where the timed work's own are not meant for it (a training step's).
         same_as: name of the side whose results it must have; None for other work (another model), which is timed
             beside it but not compared.
+        before: brings back what a run changes and the next one must find; called before every run, not timed.
+        weight_bytes, state_bytes: held all the time, where the work is that of a model: its parameters, and its state
+            before a run (after it, where it begins with none).
     """
 
     name: str
     run: Callable[[], Results]
     check: Callable[[], Results] | None = None
     same_as: str | None = None
+    before: Callable[[], None] | None = None
+    weight_bytes: int | None = None
+    state_bytes: int | None = None
+
+    def begin(self) -> None:
+        """What comes before a run."""
+        if self.before is not None:
+            self.before()
 
 
 @dataclass(frozen=True)
@@ -41,11 +52,11 @@ class Work:
     Attributes:
         name: of the case.
         sizes: what tells this measurement from others of the same case.
-        dtype, direction, device: "forward", "forward + backward", "training step", "prefill" or "decode".
+        dtype, device: of the tensors. direction: a key of `hybridvl.bench.included.INCLUDED`.
         sides: ours first.
         flops: of the work by the usual count: recomputation is not counted; None where sides differ.
         nbytes: what must at least be read and written.
-        tokens: for tokens per second.
+        tokens, frames: of one run, for how many there are in a second and how long one takes.
         tolerance: of compared results, relative in the Euclidean norm.
         reference: the results in float64, that every side's errors are measured from.
         goal: least ratio peer / ours that is aimed at.
@@ -61,6 +72,7 @@ class Work:
     flops: float | None = None
     nbytes: float | None = None
     tokens: int | None = None
+    frames: int | None = None
     tolerance: float = 1e-4
     goal: float | None = None
     goal_peer: str | None = None
@@ -88,6 +100,7 @@ def compare(work: Work) -> dict[str, dict[str, float]]:
     for side in work.sides:
         if side.same_as is None and side.name not in wanted:
             continue
+        side.begin()
         found = (side.check or side.run)()
         if side.name in wanted:
             kept[side.name] = {name: value.detach().clone() for name, value in found.items()}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hybridvl.layers.errors import ConfigError
-from hybridvl.models.config import ModelConfig
+from hybridvl.models.config import ModelConfig, VisionConfig
 
 
 def model_config(
@@ -36,3 +36,17 @@ def model_config(
     for name, options in (mixers or {}).items():
         chosen[name] = {**chosen.get(name, {}), **options}
     return ModelConfig(pattern=pattern, mixers=chosen, width=width, mlp_width=mlp_width, vocab_size=vocab_size)
+
+
+def vision_config(depth: int, width: int) -> VisionConfig:
+    """A vision tower in the proportions of Qwen2.5-VL's, which is the one of depth 32 and width 1280."""
+    if width % 16:
+        raise ConfigError(f"--vision-width {width}: expected a multiple of 16")
+    dim = next(dim for dim in (80, 64, 32, 16) if width % dim == 0)
+    return VisionConfig(
+        depth=depth,
+        width=width,
+        heads=width // dim,
+        mlp_width=width * 3420 // 1280,
+        full_attention_blocks=tuple(range(7, depth, 8)) or (depth - 1,),
+    )

@@ -29,7 +29,7 @@ def interleave(
     """Seconds of each side in each round; every round begins with another side."""
     repeats = {}
     for side in sides:
-        seconds = [measure(side.run, 1) for _ in range(max(1, warmup))]
+        seconds = [_seconds(side, 1, measure) for _ in range(max(1, warmup))]
         repeats[side.name] = max(1, math.ceil(_SHORTEST / max(min(seconds), 1e-9)))
     found: dict[str, list[float]] = {side.name: [] for side in sides}
     for number in range(rounds):
@@ -38,8 +38,18 @@ def interleave(
         first = number % len(sides)
         with _no_collection():
             for side in (*sides[first:], *sides[:first]):
-                found[side.name].append(measure(side.run, repeats[side.name]))
+                found[side.name].append(_seconds(side, repeats[side.name], measure))
     return found
+
+
+def _seconds(side: Side, repeats: int, measure: Timer) -> float:
+    if side.before is None:
+        return measure(side.run, repeats)
+    total = 0.0
+    for _ in range(repeats):
+        side.before()
+        total += measure(side.run, 1)
+    return total / repeats
 
 
 @contextlib.contextmanager

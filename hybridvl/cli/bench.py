@@ -16,12 +16,14 @@ from rich.console import Console
 from hybridvl.bench import report
 from hybridvl.bench.cases import Request
 from hybridvl.bench.catalogue import CASES, build, find_case
+from hybridvl.bench.included import included
 from hybridvl.bench.machine import Limits, describe, measure_limits, usable_device
 from hybridvl.bench.model_cases import QWEN3_NEXT, QWEN25, ModelRequest, decode_works, prefill_works, train_work
 from hybridvl.bench.runner import Settings, measure
 from hybridvl.bench.shapes import parse_lengths, parse_shape
 from hybridvl.bench.sides import UnequalWorkError, Work
-from hybridvl.bench.sizes import model_config
+from hybridvl.bench.sizes import model_config, vision_config
+from hybridvl.bench.stream_cases import stream_works, with_vision
 from hybridvl.bench.suite import suite_rows
 from hybridvl.cli.arguments import Arguments
 from hybridvl.cli.bench_arguments import parser
@@ -49,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     for path in (options.json, options.csv, options.markdown, options.png):
         if path not in (None, "-"):
             writable(path)  # before the work, not after it
-    works = {"ops": _ops, "train": _train, "prefill": _prefill, "decode": _decode}[options.what]
+    works = {"ops": _ops, "train": _train, "prefill": _prefill, "decode": _decode, "stream": _stream}[options.what]
     try:
         records = [run.record(work) for work in works(options, mixers)]
     except UnequalWorkError as error:
@@ -107,6 +109,13 @@ def _decode(options: argparse.Namespace, mixers: dict[str, Any]) -> Iterator[Wor
     return decode_works(_model_request(options, mixers, QWEN25), parse_lengths(options.contexts, "--contexts"))
 
 
+def _stream(options: argparse.Namespace, mixers: dict[str, Any]) -> Iterator[Work]:
+    request = _model_request(options, mixers, QWEN25)
+    vision = vision_config(options.vision_depth, options.vision_width)
+    request = dataclasses.replace(request, config=with_vision(request.config, vision))
+    return stream_works(request, parse_lengths(options.contexts, "--contexts", least=0), options.side)
+
+
 def _model_request(options: argparse.Namespace, mixers: dict[str, Any], named_peer: str) -> ModelRequest:
     config = model_config(options.pattern, options.width, options.mlp_width, options.vocab, mixers)
     for peer in options.peer:
@@ -150,6 +159,7 @@ def _suite(options: argparse.Namespace, run: _Run) -> int:
             failed.append(str(error))
             continue
         console.print(report.results_table(records))
+        _print_included(console, records)
         machine = describe(run.device)
         kept[name] = [{**record, "machine": machine} for record in records]
         found = [record for name in rows for record in kept.get(name, [])]
@@ -184,13 +194,13 @@ def _kept(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def _draw_suite(name: str, records: Sequence[dict[str, Any]], folder: Path) -> None:
-    from hybridvl.bench.plots import draw_growth, draw_ratios
+    from hybridvl.bench.plots import draw_lengths, draw_ratios
 
     compared = [record for record in records if record["ratios"]]
     if compared:
         draw_ratios(compared, f"suite {name}", folder / f"{name}.png")
     for group in report.by_length(records):
-        draw_growth(group, "T", group[0]["case"], folder / f"{name}-{group[0]['row']}.png")
+        draw_lengths(group, group[0]["case"], folder / f"{name}-{group[0]['row']}.png")
 
 
 def _publish(options: argparse.Namespace, records: list[dict[str, Any]], run: _Run) -> None:
@@ -199,6 +209,7 @@ def _publish(options: argparse.Namespace, records: list[dict[str, Any]], run: _R
     machine = describe(run.device)
     if options.json != "-":
         console.print(report.results_table(records))
+        _print_included(console, records)
         if any(record["errors"] for record in records):
             console.print(report.errors_table(records))
         if fits:
@@ -214,13 +225,18 @@ def _publish(options: argparse.Namespace, records: list[dict[str, Any]], run: _R
         elif path is not None:
             writable(path).write_text(text(), encoding="utf-8")
     if options.png is not None:
-        from hybridvl.bench.plots import draw_growth, draw_ratios  # matplotlib takes a second to import
+        from hybridvl.bench.plots import draw_lengths, draw_ratios  # matplotlib takes a second to import
 
         if groups := report.by_length(records):
-            name = records[0]["case"]
-            draw_growth([record for group in groups for record in group], "T", name, writable(options.png))
+            found = [record for group in groups for record in group]
+            draw_lengths(found, f"hybridvl bench {records[0]['case']}", writable(options.png))
         else:
             draw_ratios(records, f"hybridvl bench {options.what}", writable(options.png))
+
+
+def _print_included(console: Console, records: Sequence[dict[str, Any]]) -> None:
+    for text in included(records).values():
+        console.print(text, markup=False, highlight=False)
 
 
 def _no_mixers(mixers: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ _EXAMPLES = """examples:
   hybridvl bench ops --case window-attention --shape W512 --lengths 1K 4K 16K --png window.png
   hybridvl bench train "(gdn*3 full)*2" --untied --decays qwen3-next --batch 4 --tokens 1024
   hybridvl bench decode "(swa gdn*3)*2" --peer "full*8" qwen2.5-vl --contexts 1K 4K 16K 64K
+  hybridvl bench stream "(swa gdn*3)*2" --peer "full*8" qwen2.5-vl --contexts 0 1K 16K --side 16 --png stream.png
   hybridvl bench suite cpu --out results"""
 
 
@@ -22,7 +23,7 @@ def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parts = main.add_subparsers(dest="what", required=True, metavar="ops|train|prefill|decode|suite")
+    parts = main.add_subparsers(dest="what", required=True, metavar="ops|train|prefill|decode|stream|suite")
     _ops(parts.add_parser("ops", help="operators and mixers, by case"))
     train = parts.add_parser("train", help="a training step of a model")
     _model(train, "(gdn*3 full)*2", ("qwen3-next",), width=256, mlp_width=768, vocab=8192)
@@ -32,11 +33,15 @@ def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     train.add_argument(
         "--decays", choices=("ours", "qwen3-next"), default="ours", help="those that Gated DeltaNet layers start with"
     )
-    for name, text in (("prefill", "reading prompts"), ("decode", "one more token after a context")):
+    for name, text, contexts in (
+        ("prefill", "reading prompts", ["1K", "4K"]),
+        ("decode", "one more token after a context", ["1K", "4K", "16K", "64K"]),
+        ("stream", "one more frame after a context", ["0", "1K", "4K", "16K", "64K"]),
+    ):
         part = parts.add_parser(name, help=f"{text}, by length")
         _model(part, "(swa gdn*3)*2", ("full*8", "qwen2.5-vl"), width=1024, mlp_width=2816, vocab=32768)
-        contexts = ["1K", "4K"] if name == "prefill" else ["1K", "4K", "16K", "64K"]
         part.add_argument("--contexts", nargs="+", default=contexts, metavar="TOKENS", help=" ".join(contexts))
+    _stream(parts.choices["stream"])
     suite = parts.add_parser("suite", help="a named set of measurements with goals: cpu")
     suite.add_argument("name", help="cpu")
     suite.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these; others in the folder stay")
@@ -44,7 +49,7 @@ def parser(kind: type[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     suite.add_argument("--out", default="results", metavar="FOLDER", help="where NAME.json, .csv, .md and .png go")
     for part in parts.choices.values():
         _shared(part)
-    for part in (parts.choices[name] for name in ("ops", "train", "prefill", "decode")):
+    for part in (parts.choices[name] for name in ("ops", "train", "prefill", "decode", "stream")):
         _output(part)
     return main
 
@@ -83,6 +88,14 @@ def _model(
     part.epilog = "--mixer.NAME.OPTION VALUE sets an option of a mixer, such as --mixer.swa.window 4096"
 
 
+def _stream(part: argparse.ArgumentParser) -> None:
+    part.add_argument("--side", type=int, default=16, help="visual tokens on each side of a frame (default: 16)")
+    part.add_argument("--vision-depth", type=int, default=4, help="blocks of the vision tower (default: 4)")
+    part.add_argument(
+        "--vision-width", type=int, default=256, help="default: 256; depth 32 and width 1280 are Qwen2.5-VL's tower"
+    )
+
+
 def _shared(part: argparse.ArgumentParser) -> None:
     part.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     part.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -96,4 +109,4 @@ def _output(part: argparse.ArgumentParser) -> None:
     part.add_argument("--json", metavar="FILE", help="write all numbers; '-' prints them instead of tables")
     part.add_argument("--csv", metavar="FILE", help="write a line for every side")
     part.add_argument("--markdown", metavar="FILE", help="write the table")
-    part.add_argument("--png", metavar="FILE", help="draw cost against length, or the ratios")
+    part.add_argument("--png", metavar="FILE", help="draw time and memory against length, or the ratios")

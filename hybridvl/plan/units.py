@@ -19,7 +19,7 @@ def parameters(count: float) -> str:
 
 def tokens(count: int) -> str:
     """1024 -> "1K", 65536 -> "64K", 1000 -> "1,000": multiples of 1024 as such."""
-    return f"{count // 1024:,}K" if count % 1024 == 0 else f"{count:,}"
+    return f"{count // 1024:,}K" if count and count % 1024 == 0 else f"{count:,}"
 
 
 def _scaled(value: float, prefixes: tuple[str, ...]) -> tuple[str, str]:

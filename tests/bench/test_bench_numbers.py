@@ -82,6 +82,20 @@ def test_the_sides_take_turns_and_short_work_is_repeated() -> None:
     assert calls == ["fast"] * 2 + ["slow"] * 2 + fast + slow + slow + fast + fast + slow
 
 
+def test_what_comes_before_a_run_is_done_every_time_and_not_timed() -> None:
+    done: list[str] = []
+
+    def measure(run: Callable[[], Results], repeats: int) -> float:
+        done.extend([f"clock {repeats}"])
+        run()
+        return 1e-3
+
+    side = Side("side", lambda: done.append("run") or {}, before=lambda: done.append("before"))  # type: ignore[func-returns-value]
+    found = interleave([side], rounds=2, warmup=1, measure=measure)
+    assert found == {"side": [1e-3] * 2}
+    assert done == ["before", "clock 1", "run"] * (1 + 2 * 2)  # 2 ms at least
+
+
 def test_the_wall_clock_measures_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([0.0, 2.0, 10.0, 14.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
@@ -157,6 +171,7 @@ def test_shapes() -> None:
 
 def test_lengths() -> None:
     assert parse_lengths(["4K", "1024", "1k", "1M"], "--lengths") == [1024, 4096, 1 << 20]
+    assert parse_lengths(["1K", "0"], "--contexts", least=0) == [0, 1024]
     for text in ("0", "-1", "x", "1.5K", ""):
         with pytest.raises(ConfigError, match="--lengths"):
             parse_lengths([text], "--lengths")

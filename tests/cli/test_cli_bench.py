@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import shlex
+import struct
 from pathlib import Path
 
 import pytest
 import torch
 
-from hybridvl.bench import catalogue, suite
+from hybridvl.bench import catalogue, stream_cases, suite
 from hybridvl.bench.catalogue import find_case
 from hybridvl.bench.shapes import parse_shape
 from hybridvl.bench.sides import Side, Work
@@ -19,6 +20,7 @@ from hybridvl.cli import main
 from hybridvl.cli.arguments import Arguments
 from hybridvl.cli.bench_arguments import parser
 from hybridvl.cli.mixer_flags import take_mixer_flags
+from hybridvl.models.vision import VisionTower
 
 OPS = ["bench", "ops", "--shape", "T70", "H2", "K16", "V16", "--rounds", "1", "--warmup", "0"]
 SIZES = ["--width", "64", "--mlp-width", "96", "--vocab", "50", "--rounds", "1", "--warmup", "0", "--no-memory"]
@@ -58,7 +60,9 @@ def test_operators(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = list(csv.DictReader(paths["csv"].open()))
     assert len(rows) == 12
     assert float(rows[0]["median"]) == results[0]["sides"][0]["median"]
-    assert len(paths["markdown"].read_text().splitlines()) == 2 + 6
+    table, about = paths["markdown"].read_text().split("\n\nWhat the figures include:\n\n")
+    assert len(table.splitlines()) == 2 + 6
+    assert len(about.splitlines()) == 3
     assert paths["png"].read_bytes().startswith(b"\x89PNG")
 
 
@@ -92,7 +96,81 @@ def test_contexts(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     records = json.loads(capsys.readouterr().out)["results"]
     assert [record["sizes"]["T"] for record in records] == [16, 64]
     assert [list(record["ratios"]) for record in records] == [["full*2", "qwen2.5-vl"]] * 2
+    for record in records:
+        for side in record["sides"]:
+            assert side["ms_per_token"] == pytest.approx(1e3 * side["median"] / record["tokens"])
+            assert side["state_bytes"] > 0
     assert png.read_bytes().startswith(b"\x89PNG")
+
+
+STREAM = [
+    *("bench", "stream", "swa gdn", "--peer", "full*2", "qwen2.5-vl", "--width", "64", "--mlp-width", "96", "--vocab"),
+    *("600", "--side", "3", "--vision-depth", "1", "--vision-width", "32", "--mixer.swa.window", "8"),
+    *("--rounds", "1", "--warmup", "0", "--contexts", "0", "70"),
+]
+
+
+def test_streams(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = {kind: tmp_path / f"stream.{kind}" for kind in ("json", "csv", "markdown", "png")}
+    assert main([*STREAM, *(word for kind, path in paths.items() for word in (f"--{kind}", str(path)))]) == 0
+    shown = capsys.readouterr().out
+    for text in ("stream swa gdn D64 side3 T70", "ms a frame", "frames/s", "state"):
+        assert text in shown
+    report = json.loads(paths["json"].read_text())
+    assert report["includes"].keys() == {"stream", "memory"}
+    for text in report["includes"].values():
+        assert text in shown
+        assert text in paths["markdown"].read_text()
+    records = report["results"]
+    assert [record["sizes"]["T"] for record in records] == [0, 70]
+    for record in records:
+        assert record["differences"].keys() == {"qwen2.5-vl"}
+        ours, full, theirs = record["sides"]
+        token = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, numbers of a head, bytes
+        assert full["state_bytes"] == token * (128 if record["sizes"]["T"] else 64) + 4 * 8  # in blocks, and counters
+        assert theirs["state_bytes"] == token * record["sizes"]["T"]
+        assert ours["state_bytes"] == records[0]["sides"][0]["state_bytes"]
+        for side in record["sides"]:
+            assert side["frames_per_second"] == pytest.approx(1 / side["median"])
+            assert side["tokens_per_second"] == pytest.approx(9 / side["median"])
+            assert side["ms_per_frame"] == pytest.approx(9 * side["ms_per_token"])
+    rows = list(csv.DictReader(paths["csv"].open()))
+    assert [row["sizes"] for row in rows] == ["D64 side3 T0"] * 3 + ["D64 side3 T70"] * 3
+    for name in ("ms_per_frame", "frames_per_second", "tokens_per_second", "state_bytes", "weight_bytes", "peak_bytes"):
+        assert all(float(row[name]) >= 0 for row in rows)
+    header, _, *lines = paths["markdown"].read_text().split("\n\n")[0].splitlines()
+    assert "frames/s, ours / peer | state, ours / peer | memory, ours / peer" in header
+    assert len(lines) == 4
+    width, height = struct.unpack(">II", paths["png"].read_bytes()[16:24])
+    assert width > 1200
+    assert height > 500
+
+
+def test_a_stream_of_another_weight_ends_with_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = stream_cases.Qwen25VisionPeer
+
+    def wrong(tower: VisionTower) -> stream_cases.Qwen25VisionPeer:
+        peer = right(tower)
+        norm = peer.tower.blocks[0].norm1
+        norm.weight = torch.nn.Parameter(1.01 * norm.weight.detach())
+        return peer
+
+    monkeypatch.setattr(stream_cases, "Qwen25VisionPeer", wrong)
+    assert main(STREAM) == 1
+    shown = capsys.readouterr()
+    assert (
+        shown.err.strip().splitlines()[-1].startswith("error: stream swa gdn D64 side3 T0, float32, stream: features")
+    )
+    assert "ms" not in shown.out
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--help"]) == 0
+    assert "hybridvl bench stream" in capsys.readouterr().out
+    assert main(["bench", "stream", "--help"]) == 0
+    assert "--vision-width" in capsys.readouterr().out
 
 
 def tiny(name: str, sizes: dict[str, int], wrong: bool = False, goal: float | None = None) -> Work:
@@ -188,9 +266,18 @@ def test_the_page_names_every_case() -> None:
         (["train", "--batch", "0"], "--batch 0: expected at least 1"),
         (["decode", "--contexts", "1k5"], "--contexts '1k5': expected a number of tokens"),
         (["decode", "swa", "--width", "64", "--peer", "qwen2.5-vl"], "expected a pattern of full layers too"),
+        (["decode", "--contexts", "0"], "--contexts '0': expected a number of tokens"),
+        (["stream", "--contexts", "-1"], "--contexts '-1': expected a number of tokens"),
+        (["stream", "--side", "0"], "--side 0: expected at least 1"),
+        (["stream", "--peer", "qwen3-next"], "--peer qwen3-next: not of this command; expected qwen2.5-vl"),
+        (["stream", "--peer", "qwen"], "unknown mixer 'qwen'"),
+        (["stream", "swa", "--width", "64", "--peer", "qwen2.5-vl"], "expected a pattern of full layers too"),
+        (["stream", "--vision-width", "40"], "--vision-width 40: expected a multiple of 16"),
+        (["stream", "--vision-depth", "0"], "vision.depth: 0"),
+        (["stream", "--vocab", "64"], "--vocab 64: expected at least"),
         (["suite", "gpu"], "suite 'gpu': unknown; expected one of cpu"),
         (["suite", "cpu", "--rows", "nothing"], "--rows nothing: unknown"),
-        ([], "ops|train|prefill|decode|suite"),
+        ([], "ops|train|prefill|decode|stream|suite"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,13 +25,19 @@ def encode_steps(runner: StepRunner, steps: Sequence[FrameStep]) -> list[Tensor]
 
 
 @torch.no_grad()
-def run_feeds(runner: StepRunner, state: ModelState, feeds: Sequence[Feed], features: Sequence[Tensor | None]) -> None:
-    """Take one feed into every row of a state, in place; features: what the visual tokens of each stand for."""
+def run_feeds(
+    runner: StepRunner, state: ModelState, feeds: Sequence[Feed], features: Sequence[Tensor | None]
+) -> Tensor:
+    """Take one feed into every row of a state, in place; features: what the visual tokens of each stand for.
+
+    Returns the hidden states (B, T, D), after the final norm, of the last T tokens, at most PREFILL_CHUNK.
+    """
     embeds, positions, mask = assembled(runner.model, feeds, features)
     for begin in range(0, embeds.shape[1], PREFILL_CHUNK):
         piece = slice(begin, begin + PREFILL_CHUNK)
         shown = None if mask is None else mask[:, piece]
-        runner.run(embeds[:, piece], positions[:, :, piece], shown, state)
+        hidden = runner.run(embeds[:, piece], positions[:, :, piece], shown, state)
+    return hidden
 
 
 @torch.no_grad()
