@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -200,9 +201,9 @@ def test_pause_go_on_and_begin_anew(video: Path) -> None:
 def test_a_lost_source_ends_the_stream_and_may_be_opened_again(video: Path) -> None:
     pixels = decode_all(video)[:2]
     source = Gated(pixels, fails=True)
-    again = [refused, lambda: open_source(video)]
+    openings = itertools.chain([refused], itertools.repeat(lambda: open_source(video)))
     side = Side(name="ours", session=session())
-    with shown([side], source, lambda: again.pop(0)(), loop=True) as one:
+    with shown([side], source, lambda: next(openings)(), loop=True) as one:
         source.gate.release(9)
         wait_until(lambda: one.view.status == "ended")
         assert (one.view.error, one.view.sides[0].frames) == ("gated: the cable is out", 2)

@@ -21,7 +21,7 @@ from hybridvl.inference.streaming.steps import ReadyFrame
 from hybridvl.layers.errors import ConfigError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class View:
     """How far a stream is, as of its last frame.
 
@@ -159,6 +159,8 @@ class SideBySide:
         try:
             for number, moment, pieces in replies:
                 for piece in pieces:
+                    if self._closing:
+                        return
                     yield Answer(number, moment, piece)
         finally:
             with self._changed:
