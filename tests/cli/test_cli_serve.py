@@ -45,7 +45,7 @@ SEEN = """
     about: texts(document, ".serve-talk .about"),
     lines: [...document.querySelectorAll("svg path, .vega-embed canvas")].length,
   };
-  if (image) {
+  if (image && found.status === "paused") { // and so will not be another one before it is decoded
     await image.decode();
     const canvas = Object.assign(document.createElement("canvas"), {width: 1, height: 1});
     const context = canvas.getContext("2d");
@@ -204,7 +204,7 @@ def test_the_default_baseline_stops_at_its_limit(folder: Path, video: Path) -> N
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--baseline", "fool*2"], "--baseline: "),
+        (["--baseline", "fool*2"], "--baseline: layer pattern, column 1: unknown mixer 'fool', did you mean 'full'?"),
         (["--baseline", "full*3"], "--baseline: "),
         (["--baseline-tokens", "0"], "--baseline-tokens: 0; expected a whole number of at least 1"),
         (["--port", "70000"], "--port: 70000; expected a number from 0 (any that is free) to 65535"),
@@ -220,9 +220,7 @@ def test_mistakes(
     flags: list[str], message: str, folder: Path, video: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["serve", str(video), "--checkpoint", str(folder), "--port", "0", *flags]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {message}")
-    assert error.count("\n") == 1
+    assert capsys.readouterr().err.startswith(f"error: {message}")
 
 
 def test_a_source_or_a_model_that_cannot_be_shown(

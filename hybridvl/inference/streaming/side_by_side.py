@@ -124,7 +124,8 @@ class SideBySide:
 
     def pause(self) -> None:
         """Show no more frames for now; files wait, live sources go on without being seen."""
-        self._set_paused(True)
+        with self._between_frames():
+            self._set_paused(True)
 
     def go_on(self) -> None:
         """Show frames again."""
@@ -232,11 +233,19 @@ class SideBySide:
                     return 0
                 self._ahead, frames = ahead, iter(ahead)
             for prepared in frames:
-                if not self._may_show(prepared.time, showing.realtime and not source.live):
+                if not self._shown(prepared, showing.realtime and not source.live, ahead.dropped):
                     break
-                self._show(prepared, ahead.dropped)
                 count += 1
         return count
+
+    def _shown(self, prepared: _Prepared, paced: bool, dropped: int) -> bool:
+        """Show a frame once it may be; False if it is not to be."""
+        while self._may_show(prepared.time, paced):
+            with self._working:
+                if not self._paused:  # since a moment ago
+                    self._show(prepared, dropped)
+                    return True
+        return False
 
     def _may_show(self, moment: float, paced: bool) -> bool:
         """Wait until a frame may be shown; False if it is not to be."""
@@ -265,9 +274,8 @@ class SideBySide:
 
     def _show(self, prepared: _Prepared, dropped: int) -> None:
         moment, alone = prepared.time + self._after, not self._replying
-        with self._working:
-            for side, ready in zip(self._sides, prepared.ready, strict=True):
-                side.show(ready, moment)
+        for side, ready in zip(self._sides, prepared.ready, strict=True):
+            side.show(ready, moment)
         resident = resident_bytes()
         if alone and not self._replying:
             for side in self._sides:
@@ -275,7 +283,7 @@ class SideBySide:
         with self._changed:
             self._publish(
                 View(
-                    status="paused" if self._paused else "playing",
+                    status="playing",
                     time=moment,
                     picture=prepared.pixels,
                     dropped=dropped,
