@@ -109,10 +109,10 @@ def _sides(
     dtype = DTYPES.get(options.dtype)
     model = load(folder, device=options.device, dtype=dtype).eval()
     sides = [Side(name=model.config.pattern, session=_session(options, model, processor))]
-    notes = [f"{options.checkpoint}: it answers."]
+    notes = [f"{options.checkpoint}: it answers questions."]
     if isinstance(baseline, Path):
         other, own = load(baseline, device=options.device, dtype=dtype).eval(), Processor.load(baseline)
-        notes.append(f"{options.baseline}: it answers, too.")
+        notes.append(f"{options.baseline}: it answers questions, too.")
     elif baseline is not None:
         other, own = baseline.model(dtype=dtype).to(options.device), processor
         notes.append(_MADE)

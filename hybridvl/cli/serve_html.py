@@ -49,7 +49,7 @@ CSS = """
   color: var(--body-text-color)}
 .serve-side .note {font-size: 12px; line-height: 1.4; color: var(--soft)}
 .serve-foot {font-size: 12px; margin-top: 7px; color: var(--soft)}
-.serve-talk {display: flex; flex-direction: column; gap: 7px; height: 272px; overflow-y: auto; padding: 9px 11px;
+.serve-talk {display: flex; flex-direction: column; gap: 7px; height: 412px; overflow-y: auto; padding: 9px 11px;
   border: 1px solid var(--border-color-primary); border-radius: 9px; background: var(--block-background-fill)}
 .serve-talk .hint {margin: auto; color: var(--soft)}
 .serve-talk .question {align-self: flex-end; max-width: 88%; padding: 5px 11px; border-radius: 11px 11px 2px 11px;

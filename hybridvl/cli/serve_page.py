@@ -7,7 +7,7 @@ import importlib
 import os
 import socket
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pandas as pd
@@ -93,71 +93,82 @@ def launch(stream: SideBySide, text: PageText, host: str, port: int) -> Any:
     return page
 
 
-def _page(gradio: Any, stream: SideBySide, text: PageText) -> Any:
-    @lru_cache(maxsize=2)  # of views: several tabs look at one
-    def looks(view: View) -> tuple[str, str, str, str]:
-        button = "Go on" if view.status == "paused" else "Pause"
-        return head_html(view, text.source), frame_html(view), button, sides_html(view, text.notes)
+class _Looks:
+    """What the page's timers and buttons do."""
 
-    @lru_cache(maxsize=2)
-    def plots(view: View) -> tuple[Any, Any]:
-        return tuple(_plot(gradio, view, *what) for what in _PLOTS)
+    def __init__(self, gradio: Any, stream: SideBySide, text: PageText) -> None:
+        self._gradio, self._stream, self._text = gradio, stream, text
+        # Several tabs look at one view.
+        self.parts = lru_cache(maxsize=2)(self._parts)
+        self.plots = lru_cache(maxsize=2)(self._plots)
 
-    def look(seen: int) -> Any:
-        view = stream.view
-        return [gradio.skip()] * 5 if view.number == seen else [*looks(view), view.number]
+    def look(self, seen: int) -> Any:
+        """The parts and the number of the view, unless it is the one that the tab has seen."""
+        view = self._stream.view
+        return [self._gradio.skip()] * 5 if view.number == seen else [*self.parts(view), view.number]
 
-    def look_at_plots(seen: int) -> Any:
-        view = stream.view
-        return [gradio.skip()] * 3 if view.number == seen else [*plots(view), view.number]
+    def look_at_plots(self, seen: int) -> Any:
+        """The same for the plots."""
+        view = self._stream.view
+        return [self._gradio.skip()] * 3 if view.number == seen else [*self.plots(view), view.number]
 
-    def pause() -> None:
-        if stream.view.status == "paused":
-            stream.go_on()
+    def pause(self) -> None:
+        """Pause, or go on."""
+        if self._stream.view.status == "paused":
+            self._stream.go_on()
         else:
-            stream.pause()
+            self._stream.pause()
 
-    def ask(question: str, talk: list[Exchange]) -> Iterator[Any]:
+    def ask(self, question: str, talk: list[Exchange]) -> Iterator[Any]:
+        """What is in the box, what was said so far as HTML, and as it is kept."""
         if not question.strip():
-            yield gradio.skip(), gradio.skip(), gradio.skip()
+            yield [self._gradio.skip()] * 3
             return
-        for exchange in _asked(stream, question.strip()):
+        for exchange in _asked(self._stream, question.strip()):
             now = [*talk, exchange][-_KEPT:]
-            yield "", talk_html(now, text.names), now
+            yield ["", talk_html(now, self._text.names), now]
 
+    def _parts(self, view: View) -> tuple[str, str, str, str]:
+        button = "Go on" if view.status == "paused" else "Pause"
+        return head_html(view, self._text.source), frame_html(view), button, sides_html(view, self._text.notes)
+
+    def _plots(self, view: View) -> list[Any]:
+        return [_plot(self._gradio, view, *what) for what in _PLOTS]
+
+
+def _page(gradio: Any, stream: SideBySide, text: PageText) -> Any:
+    looks, view = _Looks(gradio, stream, text), stream.view
+    head, frame, button, sides = looks.parts(view)
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    view = stream.view
-    head, frame, button, sides = looks(view)
+    html = partial(gradio.HTML, padding=False, apply_default_css=False)
     with gradio.Blocks(title=f"hybridvl serve: {text.source}", analytics_enabled=False, fill_width=True) as page:
         seen, plotted, talk = gradio.State(-1), gradio.State(-1), gradio.State([])
-        top = gradio.HTML(head, padding=False, apply_default_css=False)
+        top = html(head)
         with gradio.Row():
             with gradio.Column(scale=5, min_width=420):
-                picture = gradio.HTML(frame, padding=False, apply_default_css=False)
+                picture = html(frame)
                 with gradio.Row():
                     pausing = gradio.Button(button, size="sm")
                     anew = gradio.Button("Begin anew", size="sm")
-                said = gradio.HTML(talk_html([], text.names), padding=False, apply_default_css=False)
+                said = html(talk_html([], text.names))
                 with gradio.Row():
+                    hint = "Ask about the stream"
                     box = gradio.Textbox(
-                        placeholder="Ask about the stream",
-                        show_label=False,
-                        container=False,
-                        scale=5,
-                        elem_id="question",
+                        placeholder=hint, show_label=False, container=False, scale=5, elem_id="question"
                     )
-                    asking = gradio.Button("Ask", variant="primary", scale=1, min_width=70, elem_id="ask")
+                    asking = gradio.Button("Ask", variant="primary", scale=1, min_width=70)
             with gradio.Column(scale=7, min_width=520):
-                numbers = gradio.HTML(sides, padding=False, apply_default_css=False)
-                drawn = list(plots(view))
-        gradio.Timer(_SECONDS).tick(
-            look, [seen], [top, picture, pausing, numbers, seen], concurrency_limit=None, **quiet
+                numbers = html(sides)
+                drawn = looks.plots(view)
+        looked = [top, picture, pausing, numbers, seen]
+        gradio.Timer(_SECONDS).tick(looks.look, [seen], looked, concurrency_limit=None, **quiet)
+        gradio.Timer(_PLOT_SECONDS).tick(
+            looks.look_at_plots, [plotted], [*drawn, plotted], concurrency_limit=None, **quiet
         )
-        gradio.Timer(_PLOT_SECONDS).tick(look_at_plots, [plotted], [*drawn, plotted], concurrency_limit=None, **quiet)
-        pausing.click(pause, **quiet)
+        pausing.click(looks.pause, **quiet)
         anew.click(stream.begin_anew, **quiet)
         for asked in (box.submit, asking.click):
-            asked(ask, [box, talk], [box, said, talk], concurrency_id="ask", **quiet)
+            asked(looks.ask, [box, talk], [box, said, talk], concurrency_id="ask", **quiet)
     return page
 
 
@@ -192,6 +203,6 @@ def _plot(gradio: Any, view: View, name: str, unit: str, scale: float, title: st
         color_title="",
         y_lim=[0, 1.05 * top],
         title=title,
-        height=226,
+        height=296,
         buttons=[],
     )

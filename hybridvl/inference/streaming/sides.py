@@ -114,7 +114,8 @@ class ShownSide:
     def _clear(self) -> None:
         self._history = History()
         self._recent: deque[float] = deque(maxlen=_RECENT)
-        self._frames, self._took = 0, 0.0
+        self._frames: int = 0
+        self._took: float = 0.0
 
     @property
     def _stopped(self) -> bool:
