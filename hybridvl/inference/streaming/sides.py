@@ -61,6 +61,9 @@ class ShownSide:
         side: as it was given.
     """
 
+    _frames: int
+    _took: float  # milliseconds of the last frame; 0 where it was not shown
+
     def __init__(self, side: Side) -> None:
         self.side = side
         self._clear()
@@ -114,8 +117,7 @@ class ShownSide:
     def _clear(self) -> None:
         self._history = History()
         self._recent: deque[float] = deque(maxlen=_RECENT)
-        self._frames: int = 0
-        self._took: float = 0.0
+        self._frames, self._took = 0, 0.0
 
     @property
     def _stopped(self) -> bool:
