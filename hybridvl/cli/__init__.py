@@ -33,6 +33,7 @@ _COMMANDS = {
     "sweep": _Command("hybridvl.cli.sweep", (), "run a study: a recipe along axes, every cell with every seed"),
     "generate": _Command("hybridvl.cli.generate", (), "reply to prompts about images and videos"),
     "stream": _Command("hybridvl.cli.stream", (), "show an endless video to a model and ask about it at any moment"),
+    "serve": _Command("hybridvl.cli.serve", (), "a stream on a page: live rates, memory, and a box for questions"),
     "place": _Command("hybridvl.cli.place", (), "choose the layers of a teacher that keep attention"),
     "convert": _Command("hybridvl.cli.convert", (), "turn a checkpoint into a model of another layer pattern"),
     "export": _Command("hybridvl.cli.export", (), "turn a checkpoint of a run, sharded or not, into a model folder"),

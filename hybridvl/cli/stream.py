@@ -8,28 +8,23 @@ import re
 import sys
 from collections.abc import Sequence
 
-from hybridvl.checkpoints import load, read_config
+from hybridvl.checkpoints import load
 from hybridvl.cli.arguments import Arguments
 from hybridvl.cli.computing import DTYPES, runner_notes, runner_of, use_threads
 from hybridvl.cli.output import writable
 from hybridvl.cli.replying import (
     add_reply_flags,
-    model_folder,
     require_output,
     require_text,
     sampling_of,
     write_text,
 )
+from hybridvl.cli.source_flags import add_source_flags, given_limits, opened_source, seeing_folder
 from hybridvl.cli.stream_view import StreamLog, StreamView, summary
-from hybridvl.data.sources import FrameSource, LiveConfig, open_source
-from hybridvl.data.sources.live import TRANSPORTS
-from hybridvl.data.sources.prefetch import DROPS
-from hybridvl.data.video import VideoProcessor
 from hybridvl.inference.graphs import StepGraphs
 from hybridvl.inference.processor import Processor
-from hybridvl.inference.streaming import LAYOUTS, StreamingSession
+from hybridvl.inference.streaming import StreamingSession
 from hybridvl.inference.streaming.showing import BEFORE, Cue, Progress, Show, Showing, Unsaid
-from hybridvl.inference.streaming.steps import frame_limits
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.generation import check_request
 
@@ -44,16 +39,16 @@ def main(argv: Sequence[str]) -> int:
         *(_cue("--say", text, asks=False) for text in options.say),
         *(_cue("--ask", text, asks=True) for text in options.ask),
     ]
-    folder = model_folder(options.checkpoint)
+    folder = seeing_folder(options.checkpoint)
     check_request(options.max_new_tokens, 1)
     use_threads(options, reading=True)
-    if read_config(folder).vision is None:
-        raise ConfigError(f"{options.checkpoint}: a model without a vision tower; expected one that can look at frames")
     processor = Processor.load(folder)
     sampling = sampling_of(options, folder, processor)
     log = StreamLog(writable(options.log) if options.log else None)
     keep = writable(options.save_state) if options.save_state else None
-    with _opened(options, processor) as source:
+    if options.max_frames is not None and options.max_frames < 1:
+        raise ConfigError(f"--max-frames: {options.max_frames}; expected a whole number of at least 1")
+    with opened_source(options, processor) as source:
         model = load(folder, device=options.device, dtype=DTYPES.get(options.dtype))
         runner = runner_of(options, model.eval())
         session = _session(options, runner, processor)
@@ -78,15 +73,6 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _opened(options: argparse.Namespace, processor: Processor) -> FrameSource:
-    videos = processor.videos or VideoProcessor(processor.images)
-    fps = videos.config.fps if options.fps is None else options.fps
-    live = LiveConfig(timeout=options.timeout, tries=options.tries, transport=options.transport)
-    if options.max_frames is not None and options.max_frames < 1:
-        raise ConfigError(f"--max-frames: {options.max_frames}; expected a whole number of at least 1")
-    return open_source(options.source, fps or None, live=live, place="SOURCE")
-
-
 def _session(options: argparse.Namespace, runner: StepGraphs, processor: Processor) -> StreamingSession:
     if options.load_state is not None:
         own = ("layout", "together", "min_pixels", "max_pixels")
@@ -96,16 +82,9 @@ def _session(options: argparse.Namespace, runner: StepGraphs, processor: Process
             raise ConfigError(f"--{flag}: given with --load-state; expected one of them: a stream goes on as it began")
         return StreamingSession.load(options.load_state, runner.model, processor, runner)
     layout = options.layout or "video"
-    videos = processor.videos or VideoProcessor(processor.images)
-    low, high = frame_limits(processor.images, videos, layout)
-    if options.min_pixels is not None or options.max_pixels is not None:
-        # Where one limit is given beyond the other's default, the default gives way.
-        low, high = (
-            min(low, options.max_pixels) if options.min_pixels is None else options.min_pixels,
-            max(high, options.min_pixels) if options.max_pixels is None else options.max_pixels,
-        )
+    limits = given_limits(options, processor, layout)
     together = 1 if options.together is None else options.together
-    return StreamingSession(runner.model, processor, layout, together, (low, high), runner)
+    return StreamingSession(runner.model, processor, layout, together, limits, runner)
 
 
 def _watch(shown: Show, log: StreamLog, options: argparse.Namespace, runner: StepGraphs) -> None:
@@ -151,8 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Show a video of any length to a model, frame by frame, and ask about it at any moment.",
         epilog="example: hybridvl stream street.mp4 --checkpoint DIR --ask 12.5s:'Who is that?' --ask end:'What now?'",
     )
+    add_source_flags(parser)
     add = parser.add_argument
-    add("source", metavar="SOURCE", help="video file, folder of pictures, camera (/dev/video0), rtsp:// or http(s)://")
     add("--checkpoint", required=True, metavar="DIR", help="a run folder, or a model folder with a vision tower")
     add("--ask", action="append", default=[], metavar="T:TEXT", help="a question after T seconds ('start', 'end')")
     add(
@@ -162,18 +141,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="T:TEXT",
         help="a text after T seconds, which stays in the stream",
     )
-    add("--fps", type=float, metavar="X", help="frames a second that are shown (default: the model's; 0: all)")
-    add("--layout", choices=LAYOUTS, help="frames as one growing video (default), or each as an image")
     add("--together", type=int, metavar="N", help="frames in a step: 1 (default), or the tower's temporal patch")
-    add("--min-pixels", type=int, metavar="N", help="enlarge smaller frames to this area")
-    add("--max-pixels", type=int, metavar="N", help="reduce larger frames to this area")
     add("--max-frames", type=int, metavar="N", help="end after so many frames")
-    add("--drop", choices=DROPS, help="with a slow model: wait (default of files), or skip the oldest (cameras)")
-    add("--queue", type=int, default=4, metavar="N", help="frames made ready ahead (default 4)")
-    add("--realtime", action="store_true", help="show a file no faster than it plays")
-    add("--transport", choices=TRANSPORTS, default="tcp", help="how rtsp streams are carried (default tcp)")
-    add("--timeout", type=float, default=10.0, metavar="S", help="a live stream silent for so long is lost (10)")
-    add("--tries", type=int, default=5, metavar="N", help="how often a lost one is looked for (default 5)")
     add("--log", metavar="FILE", help="append questions, replies and rates, one JSON object a line")
     add("--save-state", metavar="FILE", help="keep the stream, also when it breaks off")
     add("--load-state", metavar="FILE", help="go on with a stream that was kept")

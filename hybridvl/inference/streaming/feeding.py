@@ -64,3 +64,9 @@ def assembled(
 def merge_size(model: VisionLanguageModel) -> int:
     """Patches per side that become one visual token."""
     return 1 if model.config.vision is None else model.config.vision.spatial_merge_size
+
+
+def wait_for_device(model: VisionLanguageModel) -> None:
+    """Let the device end what it was given, so that times are those of the work."""
+    if model.lm_head_weight.is_cuda:
+        torch.cuda.synchronize(model.lm_head_weight.device)

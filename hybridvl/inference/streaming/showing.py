@@ -11,16 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 
-import torch
-
 from hybridvl.data.sources import FrameSource, Prefetcher, TimedFrame
 from hybridvl.inference.replies import ReplyPiece
-from hybridvl.inference.streaming.feeding import encode_steps
+from hybridvl.inference.streaming.feeding import encode_steps, wait_for_device
 from hybridvl.inference.streaming.session import StreamingSession
 from hybridvl.inference.streaming.steps import ReadyFrame
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.sampling import Sampling
-from hybridvl.models.vlm import VisionLanguageModel
 
 STAGES = ("wait", "prepare", "vision", "layers")
 """Where the time of a frame goes: waiting for it, resizing and cutting it (in a thread, meanwhile), the vision tower,
@@ -208,10 +205,10 @@ class Show:
             for step in self.session.steps.take(prepared.frame, prepared.time + self._after):
                 begin = time.perf_counter()
                 (features,) = encode_steps(self.session.runner, [step])
-                _finish(self.session.model)
+                wait_for_device(self.session.model)
                 between = time.perf_counter()
                 self.session.push_features(features, step)
-                _finish(self.session.model)
+                wait_for_device(self.session.model)
                 self._stages["vision"] += between - begin
                 self._stages["layers"] += time.perf_counter() - between
             self._frames, self._time = self._frames + 1, prepared.time
@@ -251,9 +248,3 @@ def _undivided() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
         if came:
             before(*came[0])
-
-
-def _finish(model: VisionLanguageModel) -> None:
-    """Wait for the device, so that times are those of the work."""
-    if model.lm_head_weight.is_cuda:
-        torch.cuda.synchronize(model.lm_head_weight.device)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import resource
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from hybridvl.inference.resident import resident_bytes
 from hybridvl.training.trainer import logs_now
 
 MIB = 2**20
@@ -33,9 +33,9 @@ def memory_usage() -> dict[str, float]:
     # ru_maxrss counts KiB, on macOS bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     usage = {"memory/peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB}
-    pages = Path("/proc/self/statm")
-    if pages.exists():
-        usage["memory/rss_mib"] = int(pages.read_text().split()[1]) * resource.getpagesize() / MIB
+    resident = resident_bytes()
+    if resident is not None:
+        usage["memory/rss_mib"] = resident / MIB
     if torch.cuda.is_available():
         usage["memory/cuda_peak_mib"] = torch.cuda.max_memory_allocated() / MIB
     return usage
