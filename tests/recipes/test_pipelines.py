@@ -63,7 +63,7 @@ def test_every_file_is_a_pipeline_or_a_recipe_of_one() -> None:
         path.resolve() for name in PIPELINES for stage in read_pipeline(RECIPES[name]).stages for path in stage.recipes
     }
     assert set(PIPELINES) == {
-        *("tiny/infinitevl.yaml", "tiny/long.yaml", "tiny/progressive.yaml", "tiny/scratch.yaml"),
+        *("tiny/infinitevl.yaml", "tiny/long.yaml", "tiny/progressive.yaml", "tiny/recall.yaml", "tiny/scratch.yaml"),
         *("infinitevl/v1.yaml", "infinitevl/v2_base.yaml"),
     }
     assert {path.resolve() for name, path in RECIPES.items() if name not in PIPELINES} == used
@@ -163,8 +163,23 @@ def test_the_tiny_stages_of_long_streams(tmp_path: Path, weightless: None) -> No
         assert len(cli.datamodule._encoder()(sample)) <= cli.datamodule.max_tokens
 
 
+def test_the_longest_streams_follow_the_long_ones(tmp_path: Path, weightless: None) -> None:
+    long = _stages("tiny/long.yaml", tmp_path / "long", **{"values.seed": "3"})
+    stages = _stages("tiny/recall.yaml", tmp_path / "recall", **{"values.seed": "3"})
+    assert list(stages) == [*long, "reach"]
+    for name, cli in long.items():
+        assert vars(cli.datamodule.task) == vars(stages[name].datamodule.task)
+        assert cli.model.config == stages[name].model.config
+    reach, context = stages["reach"], stages["context"]
+    assert reach.datamodule.task.frames == (512, 512)
+    assert _trained(reach) == _trained(context)
+    sample = reach.datamodule.source("train").sample(0, 0)
+    assert len(reach.datamodule._encoder()(sample)) <= reach.datamodule.max_tokens
+
+
 @pytest.mark.parametrize(
-    "pipeline", ["tiny/infinitevl.yaml", "tiny/long.yaml", "tiny/progressive.yaml", "infinitevl/v1.yaml"]
+    "pipeline",
+    ["tiny/infinitevl.yaml", "tiny/long.yaml", "tiny/progressive.yaml", "tiny/recall.yaml", "infinitevl/v1.yaml"],
 )
 def test_the_command_line_accepts_a_pipeline(pipeline: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["pipeline", str(RECIPES[pipeline]), "--root", str(tmp_path / "runs"), "--dry-run"]) == 0
