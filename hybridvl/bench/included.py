@@ -19,7 +19,8 @@ INCLUDED = {
     "of our full attention's cache, a copy every 64 tokens (transformers copies its own at every token: included); "
     f"{_DRAWN}",
     "stream": "a frame: patches -> vision tower -> layers -> state, with its positions and the growth of caches; "
-    f"without decoding the video, resizing, cutting into patches, and replies; {_DRAWN}",
+    f"without decoding the video, resizing, cutting into patches, and replies; {_DRAWN}; on a GPU, models without full "
+    "attention replay CUDA graphs, whose own memory is not in the peak, and the others start every kernel anew",
 }
 MEMORY = (
     "memory: peak is what one more run adds at most; state, where there is one, is what the layers keep at that "

@@ -27,6 +27,7 @@ from hybridvl.bench.stream_cases import stream_works, with_vision
 from hybridvl.bench.suite import suite_rows
 from hybridvl.cli.arguments import Arguments
 from hybridvl.cli.bench_arguments import parser
+from hybridvl.cli.computing import use_threads
 from hybridvl.cli.mixer_flags import take_mixer_flags
 from hybridvl.cli.output import table_console, writable
 from hybridvl.layers.errors import ConfigError
@@ -42,8 +43,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"{case.name:20}{case.about}; {' '.join(f'{k}{v}' for k, v in case.sizes.items())}")
         return 0
     device = usable_device(options.device)
-    if options.threads is not None:
-        torch.set_num_threads(_positive("--threads", options.threads))
+    use_threads(options)
     settings = Settings(_positive("--rounds", options.rounds or 7), options.warmup, not options.no_memory)
     run = _Run(settings, device, Console(stderr=True))
     if options.what == "suite":

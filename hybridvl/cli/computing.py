@@ -12,6 +12,7 @@ from hybridvl.inference.graphs import StepGraphs
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.vlm import VisionLanguageModel
 
+_MOST_THREADS = 1024  # torch takes more, and then ends with a fault
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,10 +44,10 @@ def runner_notes(options: argparse.Namespace, runner: StepGraphs) -> list[str]:
 
 def use_threads(options: argparse.Namespace, reading: bool = False) -> None:
     """Let torch have as many threads as the flag says, by default its own choice; reading: a thread that reads frames
-    gets a core of its own where there are more than two. ConfigError for a number below 1."""
+    gets a core of its own where there are more than two. ConfigError for a number that is none of threads."""
     count, cores = options.threads, usable_cores()
-    if count is not None and count < 1:
-        raise ConfigError(f"--threads: {count}; expected at least 1")
+    if count is not None and not 1 <= count <= _MOST_THREADS:
+        raise ConfigError(f"--threads: {count}; expected 1 to {_MOST_THREADS}")
     if count is None and reading and torch.get_num_threads() >= cores > 2 and "OMP_NUM_THREADS" not in os.environ:
         count = cores - 1
     if count is not None:

@@ -21,7 +21,10 @@ from hybridvl.models.vision_plan import grid_tuples, vision_plan
 from hybridvl.models.vlm import VisionLanguageModel
 
 MOST_GRAPHS = 8
-"""Recorded steps that are kept; a further one takes the place of that which has not been used for longest."""
+"""Recorded steps that are kept; a further one takes the place of one that has not been used for IDLE steps, if any."""
+
+IDLE = 1000
+"""Steps after which a recorded one that did not come may give way: recording takes longer than a few steps save."""
 
 _MOST_KNOWN = 64  # steps that are remembered to have come
 
@@ -49,14 +52,19 @@ class CudaRecorder:
 
         Recording computes nothing and changes no state. Raises RuntimeError where the step cannot be recorded.
         """
-        own = [None if x is None else x.clone(memory_format=torch.contiguous_format) for x in inputs]
+        with torch.inference_mode(False):  # else nothing could be copied into them outside that mode
+            own = [None if x is None else x.clone(memory_format=torch.contiguous_format) for x in inputs]
         device = next(x.device for x in own if x is not None)
         graph, self._pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
         with torch.cuda.device(device):
+            before = torch.cuda.current_stream(device)
             # thread_local: a thread that reads frames may go on meanwhile.
             recording = torch.cuda.graph(graph, self._pool, torch.cuda.Stream(device), "thread_local")
-            with recording:
-                output = step(*own, bound)
+            try:
+                with recording:
+                    output = step(*own, bound)
+            finally:
+                torch.cuda.set_stream(before)  # a recording that fails leaves its own in place
 
         def replay(inputs: Inputs) -> Tensor:
             with torch.cuda.device(device):
@@ -78,7 +86,7 @@ class StepGraphs(StepRunner):
     recorded step goes on being right when a window is full and its ring begins anew.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; its weights stay where they are, though what they hold may change.
         graphs: whether steps are recorded.
         compiled: whether `torch.compile` makes the steps of frames and of tokens faster first.
         recorder: records steps; None: `CudaRecorder`.
@@ -109,7 +117,9 @@ class StepGraphs(StepRunner):
         self.uncompiled: str | None = None
         self._plain = StepRunner(model)
         self._came: OrderedDict[Hashable, int] = OrderedDict()  # how often a step has come
-        self._recorded: OrderedDict[Hashable, Replay] = OrderedDict()
+        self._recorded: OrderedDict[Hashable, Replay] = OrderedDict()  # that used last at the end
+        self._used: dict[Hashable, int] = {}  # at which step each was used last
+        self._steps = 0
         self._layouts: dict[int, tuple[weakref.ref[ModelState], Hashable]] = {}
         self._spare: ModelState | None = None
         self._lent: weakref.ref[ModelState] | None = None
@@ -153,8 +163,10 @@ class StepGraphs(StepRunner):
             return step(*inputs, bound)
         with self._lock:
             key = (name, self._shapes(inputs), self._place(bound), self.model.lm_head_weight.data_ptr())
+            self._steps += 1
             if key in self._recorded:
                 self._recorded.move_to_end(key)
+                self._used[key] = self._steps
                 return self._recorded[key](inputs)
             times = self._came[key] = self._came.pop(key, 0) + 1
             if len(self._came) > _MOST_KNOWN:
@@ -162,23 +174,31 @@ class StepGraphs(StepRunner):
             if times > 1 and name in self._compiled:
                 step = partial(self._run_compiled, name)
                 times -= 1  # compiling comes with a run that is not recorded
-            if times == 1 or self.reason is not None:
+            if times == 1 or self.reason is not None or not self._make_room():
                 return step(*inputs, bound)
             replay = self._record(step, inputs, bound)
             if replay is None:
                 return step(*inputs, bound)
-            self._recorded[key] = replay
-            if len(self._recorded) > MOST_GRAPHS:
-                self._recorded.popitem(last=False)
+            self._recorded[key], self._used[key] = replay, self._steps
             return replay(inputs)
 
+    def _make_room(self) -> bool:
+        """Whether there is room for another recorded step, if need be in place of one that no longer comes."""
+        if len(self._recorded) < MOST_GRAPHS:
+            return True
+        oldest = next(iter(self._recorded))
+        if self._steps - self._used[oldest] < IDLE:
+            return False
+        del self._recorded[oldest], self._used[oldest]
+        return True
+
     def _run_compiled(self, name: str, *arguments: Any) -> Tensor:
-        from torch._dynamo.exc import TorchDynamoException  # slow to import
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # slow to import
 
         if name in self._compiled:
             try:
                 return self._compiled[name](self._plain, *arguments)
-            except TorchDynamoException as error:  # before anything of the step was done
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:  # before anything of the step was done
                 self._compiled, self.uncompiled = {}, _first_line(error)
         made: Tensor = getattr(self._plain, name)(*arguments)
         return made
@@ -190,6 +210,7 @@ class StepGraphs(StepRunner):
         except RuntimeError as error:
             self._never = _first_line(error)
             self._recorded.clear()
+            self._used.clear()
             return None
         if isinstance(bound, ModelState) or self.model.config.vision is None or inputs[0] is None:
             return replay

@@ -73,6 +73,9 @@ class Sampler:
         self._generator = None
         if sampling.seed is not None:
             self._generator = torch.Generator(device).manual_seed(sampling.seed)
+        elif device.type == "cuda":
+            # The device's own generator cannot be drawn from while another thread records a graph.
+            self._generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, ())))
 
     def scores(self, logits: Tensor) -> Tensor:
         """What the choice is made from: logits (B, vocab) after penalty, temperature, top-k and top-p; -inf where a

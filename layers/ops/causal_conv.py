@@ -78,9 +78,12 @@ def _joined(
     ends = cu_seqlens[1:] + width * torch.arange(1, count + 1)
     reach = torch.arange(width)
     places = torch.cat(((starts[:, None] + reach).flatten(), place))
-    rows = torch.cat((before.flatten(0, 1), x[0])).index_select(0, places.argsort())
+    order = places.argsort()
+    read = torch.cat((torch.zeros_like(before[:, :1]), before[:, 1:]), dim=1)  # the oldest is none of a sum's inputs
+    rows = torch.cat((read.flatten(0, 1), x[0])).index_select(0, order)
     y, _ = blocked_conv(rows[None], weight, bias, None, activation, [Span(0, 0, len(rows))])
-    final = rows.index_select(0, (ends[:, None] - width + reach).flatten()).unflatten(0, (count, width)).mT
+    last = order[(ends[:, None] - width + reach).flatten()]
+    final = torch.cat((before.flatten(0, 1), x[0])).index_select(0, last).unflatten(0, (count, width)).mT
     return y[0].index_select(0, place)[None], final.contiguous()
 
 

@@ -42,9 +42,9 @@ def map_segments(
 ) -> tuple[Tensor, Tensor | None]:
     """Apply `op` to every segment of packed rows: tokens, each (1, T, ...), states (N, ...) -> as `op`, packed again.
 
-    Segments are padded on the right, in batches of similar length so that at most half of a batch is padding, with
-    zeros: an operator sees zero tokens after a segment's end and must leave the state unchanged by them. unit: tokens
-    that the operator works on at once, so that lengths count as multiples of it.
+    Segments are padded on the right with zeros: an operator sees zero tokens after a segment's end and must leave the
+    state unchanged by them. unit: tokens that the operator works on at once. Batches are of similar length, counted in
+    whole units, so that at most half of the units of a batch are padding.
     """
     bounds = cu_seqlens.tolist()
     device = tokens[0].device

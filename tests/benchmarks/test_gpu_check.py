@@ -79,7 +79,7 @@ def test_a_dry_run_goes_through_streams(report: dict) -> None:
         "a token of full*4 at 64",
         "a token of swa*4 at 64",
     ]
-    assert all(record["median_s"] > 0 for record in streams["records"])
+    assert all(record.get("median_s", record.get("mean_s")) > 0 for record in streams["records"])
     assert all(record["how"] != "CUDA graph" for record in [*streams["records"], *streams["checks"]])
     assert len(streams["goals"]) == 5
 

@@ -257,7 +257,7 @@ def test_the_page_names_every_case() -> None:
         (["ops", "--device", "meta"], "--device meta: expected cpu"),
         (["ops", "--case", "nothing", "--png", "."], ".: is a folder; expected the name of a file to write"),
         (["ops", "--rounds", "-1"], "--rounds -1: expected at least 1"),
-        (["ops", "--threads", "0"], "--threads 0: expected at least 1"),
+        (["ops", "--threads", "0"], "--threads: 0; expected 1 to 1024"),
         (["ops", "--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
         (["ops", "--mixer.swa.window", "3"], "--mixer.swa: not of bench ops"),
         (["train", "gdm"], "unknown mixer 'gdm', did you mean 'gdn'"),

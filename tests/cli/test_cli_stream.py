@@ -228,7 +228,7 @@ def wait_until(condition: Any) -> None:
         (["--load-state", "x", "--layout", "video"], "--layout: given with --load-state; expected one of them"),
         (["--log", "."], ".: is a folder; expected the name of a file to write"),
         (["--timeout", "0"], "live.timeout: 0.0; expected seconds"),
-        (["--threads", "0"], "--threads: 0; expected at least 1"),
+        (["--threads", "0"], "--threads: 0; expected 1 to 1024"),
     ],
 )
 def test_mistakes(

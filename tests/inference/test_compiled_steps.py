@@ -61,6 +61,16 @@ def test_what_cannot_be_compiled_runs_by_itself() -> None:
 
 
 @pytest.mark.usefixtures("without_code")
+def test_more_shapes_than_are_compiled_run_by_themselves() -> None:
+    model = small_model("swa gdn")
+    pair = Pair(model, StepGraphs(model, compiled=True))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for tokens in (2, 3, 4, 3, 2):
+            assert max(pair.frame(tokens) for _ in range(2)) < TOLERANCE
+    assert pair.runner.uncompiled
+
+
+@pytest.mark.usefixtures("without_code")
 def test_compiled_steps_are_recorded_after_they_were_compiled() -> None:
     class Late(TraceRecorder):
         def record(self, step, inputs, bound):  # type: ignore[no-untyped-def]

@@ -79,17 +79,28 @@ def test_states_are_told_apart_by_where_they_lie() -> None:
     assert pair.frame(2) < TOLERANCE
 
 
-def test_few_graphs_are_kept() -> None:
+def test_steps_recorded_in_inference_mode_go_on_outside_of_it() -> None:
+    pair, _ = begun("swa gdn", 1, False)
+    with torch.inference_mode():
+        inside = [pair.frame(2) for _ in range(4)]
+    assert max(*inside, *(pair.frame(2) for _ in range(4))) < TOLERANCE
+
+
+def test_few_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recording takes long, so that more shapes in turn than there is room for do not push each other out."""
     pair, recorder = begun("gdn", 1, False)
-    for tokens in range(3, MOST_GRAPHS + 4):
-        pair.frame(tokens)
-        pair.frame(tokens)
+    shapes = range(3, MOST_GRAPHS + 4)
+    for tokens in [*shapes, *shapes, *shapes]:
+        assert pair.frame(tokens) < TOLERANCE
+    assert recorder.made == MOST_GRAPHS
+    monkeypatch.setattr("hybridvl.inference.graphs.IDLE", 20)
+    for _ in range(20):
+        assert pair.frame(4) < TOLERANCE
+    assert pair.frame(MOST_GRAPHS + 3) < TOLERANCE  # in place of that which has not come for longest
     assert recorder.made == MOST_GRAPHS + 1
-    for tokens in (MOST_GRAPHS + 3, 4):  # of the first shapes, only the oldest gave way
+    for tokens in (MOST_GRAPHS + 3, 4):
         assert pair.frame(tokens) < TOLERANCE
     assert recorder.made == MOST_GRAPHS + 1
-    assert pair.frame(3) < TOLERANCE
-    assert recorder.made == MOST_GRAPHS + 2
 
 
 def wide_model() -> VisionLanguageModel:

@@ -108,6 +108,20 @@ def test_packed_equals_segments(lengths: tuple[int, ...], state: bool, backend: 
     assert_close(packed, outputs_and_gradients(one_by_one, inputs), 1e-12)
 
 
+@pytest.mark.parametrize("short", [0, 1000])
+def test_the_oldest_input_of_a_state_is_not_read(short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["hybridvl.layers.ops.causal_conv"], "_SHORT", short)
+    cu_seqlens, lengths = torch.tensor([0, 4, 4, 6]), (4, 0, 2)
+    inputs = random_inputs(sum(lengths), batch=1) | {"initial_state": random_inputs(1, 3, seed=1)["initial_state"]}
+    inputs["initial_state"][:, :, 0] = float("nan")
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    y, final = causal_conv(**inputs, cu_seqlens=cu_seqlens)
+    assert final[1, :, 0].isnan().all()  # a segment without tokens keeps its state
+    assert final.isnan().sum() == final.shape[1]
+    for gradient in torch.autograd.grad(y.square().sum(), list(inputs.values())):
+        assert gradient.isfinite().all()
+
+
 def test_final_state_holds_the_last_inputs() -> None:
     x = torch.arange(1.0, 7.0).reshape(1, 6, 1)
     weight = torch.ones(1, 4)

@@ -69,4 +69,5 @@ def merge_size(model: VisionLanguageModel) -> int:
 def wait_for_device(model: VisionLanguageModel) -> None:
     """Let the device end what it was given, so that times are those of the work."""
     if model.lm_head_weight.is_cuda:
-        torch.cuda.synchronize(model.lm_head_weight.device)
+        # Not the whole device, which may not be waited for while another thread records a graph.
+        torch.cuda.current_stream(model.lm_head_weight.device).synchronize()
