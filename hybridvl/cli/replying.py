@@ -56,6 +56,11 @@ def sampling_of(options: argparse.Namespace, folder: Path, processor: Processor)
     )
 
 
+def printable(text: str) -> str:
+    """The text without what commands a terminal, and without what is no text."""
+    return text.encode("utf-8", "replace").decode().translate(_CONTROLS)
+
+
 def write_text(text: str) -> None:
     """Print a piece of a reply at once."""
     if sys.stdout.isatty():

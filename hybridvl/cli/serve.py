@@ -15,10 +15,11 @@ from types import FrameType
 from hybridvl.checkpoints import load, open_checkpoint
 from hybridvl.cli.arguments import Arguments
 from hybridvl.cli.computing import DTYPES, runner_notes, runner_of, use_threads
-from hybridvl.cli.replying import add_reply_flags, require_output, sampling_of
-from hybridvl.cli.serve_page import PageText, free_port, launch, require_gradio
+from hybridvl.cli.replying import add_reply_flags, printable, require_output, sampling_of
+from hybridvl.cli.serve_page import Note, PageText, free_port, launch, require_gradio
 from hybridvl.cli.source_flags import add_source_flags, given_limits, opened_source, seeing_folder
 from hybridvl.conversion import Conversion, prepare
+from hybridvl.data.sources.opening import without_password
 from hybridvl.inference.graphs import StepGraphs
 from hybridvl.inference.processor import Processor
 from hybridvl.inference.streaming import StreamingSession
@@ -61,11 +62,14 @@ def main(argv: Sequence[str]) -> int:
             showing = dataclasses.replace(showing, drop="oldest")
         sides, notes = _sides(options, folder, processor, baseline)
         stream = SideBySide(sides, source, lambda: opened_source(options, processor), showing, options.loop)
-        text = PageText(source=options.source, names=[side.name for side in sides], notes=notes)
+        text = PageText(source=_shown_source(options.source), names=[side.name for side in sides], notes=notes)
         _serve(stream, text, options.host, port)
     if not options.quiet and sys.stderr is not None:
-        for side in stream.view.sides:
-            print(_summary(side), file=sys.stderr)
+        told = [line for note in notes for line in note()[1:]]
+        for line in [*map(_summary, stream.view.sides), *dict.fromkeys(told)]:
+            print(line, file=sys.stderr)
+    if stream.view.error and sys.stderr is not None:
+        print(f"error: {stream.view.error}", file=sys.stderr)
     return 0
 
 
@@ -75,14 +79,14 @@ def _serve(stream: SideBySide, text: PageText, host: str, port: int) -> None:
 
     def end(number: int, frame: FrameType | None) -> None:
         ending.set()
+        signal.signal(number, before[signal.Signals(number)])  # a second one ends the command at once
 
     before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     page = None
     try:
         page = launch(stream, text, host, port)
         stream.start()
-        shown = f"[{host}]" if ":" in host else host
-        print(f"http://{shown}:{port}/ shows {text.source}; Ctrl-C ends it", flush=True)
+        print(f"http://{host}:{port}/ shows {text.source}; Ctrl-C ends it", flush=True)
         while not ending.wait(0.2):  # not for ever at once: Python overlooks a signal just before a wait begins
             pass
     finally:
@@ -106,25 +110,25 @@ def _baseline(given: str | None, folder: Path) -> Path | Conversion:
 
 def _sides(
     options: argparse.Namespace, folder: Path, processor: Processor, baseline: Path | Conversion | None
-) -> tuple[list[Side], list[str]]:
+) -> tuple[list[Side], list[Note]]:
     """The models with their streams, and what should be known about each."""
     dtype = DTYPES.get(options.dtype)
     runner = runner_of(options, load(folder, device=options.device, dtype=dtype).eval())
     sides = [Side(name=runner.model.config.pattern, session=_session(options, runner, processor))]
-    notes = [" ".join((f"{options.checkpoint}: it answers questions.", *runner_notes(options, runner)))]
+    notes = [_note(options, runner, f"{options.checkpoint}: it answers questions.")]
     if isinstance(baseline, Path):
         other, own = load(baseline, device=options.device, dtype=dtype).eval(), Processor.load(baseline)
-        notes.append(f"{options.baseline}: it answers questions, too.")
+        about = f"{options.baseline}: it answers questions, too."
     elif baseline is not None:
-        other, own = baseline.model(dtype=dtype).to(options.device), processor
-        notes.append(_MADE)
+        other, own, about = baseline.model(dtype=dtype).to(options.device), processor, _MADE
     else:
         return sides, notes
-    name = other.config.pattern
+    name, runner = other.config.pattern, runner_of(options, other)
+    notes.append(_note(options, runner, about))
     sides.append(
         Side(
             name=name if name != sides[0].name else f"{name} (baseline)",
-            session=_session(options, runner_of(options, other), own),
+            session=_session(options, runner, own),
             answers=isinstance(baseline, Path),
             most_tokens=options.baseline_tokens,
         )
@@ -132,10 +136,20 @@ def _sides(
     return sides, notes
 
 
+def _note(options: argparse.Namespace, runner: StepGraphs, about: str) -> Note:
+    """What should be known about a model, and why it runs as it does, as far as that has shown."""
+    return lambda: [about, *runner_notes(options, runner)]
+
+
 def _session(options: argparse.Namespace, runner: StepGraphs, processor: Processor) -> StreamingSession:
     layout = options.layout or "video"
     limits = given_limits(options, processor, layout)
     return StreamingSession(runner.model, processor, layout, limits=limits, runner=runner)
+
+
+def _shown_source(source: str) -> str:
+    """Its name, for the page and the terminal."""
+    return printable(without_password(source) if "://" in source else source)
 
 
 def _summary(side: SideView) -> str:

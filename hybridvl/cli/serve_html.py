@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from hybridvl.cli.replying import printable
 from hybridvl.inference.streaming.side_by_side import View
 from hybridvl.inference.streaming.sides import SideView
 
@@ -23,7 +24,8 @@ _WIDEST = 640  # pixels of the frame as it is sent
 _STATUS = {"waiting": "waiting for the first frame", "playing": "playing", "paused": "paused", "ended": "ended"}
 
 CSS = """
-.gradio-container {max-width: 1320px !important; --soft: color-mix(in srgb, var(--body-text-color) 65%, transparent)}
+.gradio-container {max-width: 1320px !important; margin: 0 auto !important;
+  --soft: color-mix(in srgb, var(--body-text-color) 65%, transparent)}
 .gradio-container > main {padding: 14px 20px !important}
 .gradio-container .html-container {padding: 0 !important}
 .serve-head {display: flex; align-items: baseline; gap: 14px; flex-wrap: wrap}
@@ -98,7 +100,7 @@ def sides_html(view: View, notes: Sequence[str]) -> str:
     """How each model is doing; notes: what should be known about each."""
     cards = [_side_html(number, side, note) for number, (side, note) in enumerate(zip(view.sides, notes, strict=True))]
     dropped = f"{view.dropped:,} frames dropped · " if view.dropped else ""
-    held = "" if view.resident is None else f"the whole process holds {megabytes(view.resident)} MB · "
+    held = "" if view.resident is None else f"the whole process holds {megabytes(view.resident)} MB of main memory · "
     foot = f"{dropped}{held}times are each model's own work for a frame, without the other's"
     return f'<div class="serve-sides">{"".join(cards)}</div><div class="serve-foot">{foot}</div>'
 
@@ -112,7 +114,7 @@ def talk_html(talk: Sequence[Exchange], names: Sequence[str]) -> str:
             about = f'<div class="about">{escape(names[number])} at {moment(time)}</div>'
             parts.append(
                 f'<div class="reply" style="--side: {COLOURS[number]}">{about}'
-                f'<div class="text">{escape(text)}</div></div>'
+                f'<div class="text">{escape(printable(text))}</div></div>'
             )
         if exchange.error:
             parts.append(f'<div class="serve-error">{escape(exchange.error)}</div>')
@@ -135,7 +137,7 @@ def _side_html(number: int, side: SideView, note: str) -> str:
     took = side.milliseconds
     numbers = {
         "ms a frame": "?" if took is None else f"{took:,.{took < 1000:d}f}",
-        "frames/s": "?" if took is None else f"{1000 / took:,.1f}",
+        "frames/s alone": "?" if took is None else f"{1000 / took:,.1f}",
         "tokens": f"{side.tokens:,}",
         "MB of state": megabytes(side.state_bytes),
     }

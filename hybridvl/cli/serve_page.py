@@ -6,7 +6,7 @@ import dataclasses
 import importlib
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
@@ -28,6 +28,12 @@ from hybridvl.layers.errors import ConfigError
 _SECONDS = 0.4  # between two looks at the stream
 _PLOT_SECONDS = 1.0
 _KEPT = 30  # questions that a tab shows
+_REPLIES = 4  # that are written at a time
+_CROPPED = 1.5  # times what 95 of 100 points stay below: a single spike is cut off there
+
+
+Note = Callable[[], list[str]]
+"""What should be known about a model now, a sentence each."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +45,7 @@ class PageText:
 
     source: str
     names: Sequence[str]
-    notes: Sequence[str]
+    notes: Sequence[Note]
 
 
 def require_gradio() -> Any:
@@ -56,9 +62,10 @@ def free_port(host: str, port: int) -> int:
     if not 0 <= port < 2**16:
         raise ConfigError(f"--port: {port}; expected a number from 0 (any that is free) to 65535")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, port, family=socket.AF_INET, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--host: {host}; expected a name or address of this machine") from error
+        raise ConfigError(f"--host: {host}; expected a name or IPv4 address of this machine") from error
+    family, kind, protocol, _, address = found[0]
     with socket.socket(family, kind, protocol) as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -75,6 +82,8 @@ def launch(stream: SideBySide, text: PageText, host: str, port: int) -> Any:
     """Serve the page from threads of its own; the server, to be closed. ConfigError if the port has been taken."""
     gradio = require_gradio()
     page = _page(gradio, stream, text)
+    # gradio asks its own page whether it is there, which no proxy should be asked for.
+    os.environ["no_proxy"] = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), host)))
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     try:
         page.launch(
@@ -124,13 +133,16 @@ class _Looks:
         if not question.strip():
             yield [self._gradio.skip()] * 3
             return
+        box: Any = ""
         for exchange in _asked(self._stream, question.strip()):
             now = [*talk, exchange][-_KEPT:]
-            yield ["", talk_html(now, self._text.names), now]
+            yield [box, talk_html(now, self._text.names), now]
+            box = self._gradio.skip()  # the next question may be in it already
 
     def _parts(self, view: View) -> tuple[str, str, str, str]:
         button = "Go on" if view.status == "paused" else "Pause"
-        return head_html(view, self._text.source), frame_html(view), button, sides_html(view, self._text.notes)
+        notes = [" ".join(note()) for note in self._text.notes]
+        return head_html(view, self._text.source), frame_html(view), button, sides_html(view, notes)
 
     def _plots(self, view: View) -> list[Any]:
         return [_plot(self._gradio, view, *what) for what in _PLOTS]
@@ -168,7 +180,7 @@ def _page(gradio: Any, stream: SideBySide, text: PageText) -> Any:
         pausing.click(looks.pause, **quiet)
         anew.click(stream.begin_anew, **quiet)
         for asked in (box.submit, asking.click):
-            asked(looks.ask, [box, talk], [box, said, talk], concurrency_id="ask", **quiet)
+            asked(looks.ask, [box, talk], [box, said, talk], concurrency_id="ask", concurrency_limit=_REPLIES, **quiet)
     return page
 
 
@@ -191,10 +203,11 @@ _PLOTS = (("milliseconds", "ms", 1.0, "Time of a frame"), ("state_bytes", "MB", 
 
 def _plot(gradio: Any, view: View, name: str, unit: str, scale: float, title: str) -> Any:
     rows = [(point.tokens, getattr(point, name) / scale, side.name) for side in view.sides for point in side.points]
-    values = pd.DataFrame(rows, columns=["tokens", unit, "model"])
-    top = max((value for _, value, _ in rows), default=1.0)
+    every = sorted(value for _, value, _ in rows)
+    top = min(every[-1], _CROPPED * every[int(0.95 * (len(every) - 1))]) if every else 1.0
+    rows = [(tokens, min(value, top), side) for tokens, value, side in rows]
     return gradio.LinePlot(
-        values,
+        pd.DataFrame(rows, columns=["tokens", unit, "model"]),
         x="tokens",
         y=unit,
         color="model",

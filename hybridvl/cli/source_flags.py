@@ -42,7 +42,9 @@ def seeing_folder(path: str) -> Path:
 
 
 def opened_source(options: argparse.Namespace, processor: Processor) -> FrameSource:
-    """The source that the flags name; ConfigError if it cannot be opened."""
+    """The source that the flags name; ConfigError if it cannot be opened, or if there is to be no queue."""
+    if options.queue < 1:
+        raise ConfigError(f"--queue: {options.queue}; expected a whole number of at least 1")
     videos = processor.videos or VideoProcessor(processor.images)
     fps = videos.config.fps if options.fps is None else options.fps
     live = LiveConfig(timeout=options.timeout, tries=options.tries, transport=options.transport)

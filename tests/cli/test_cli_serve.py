@@ -24,6 +24,7 @@ from video_cases import decode_all, write_video
 
 import hybridvl
 from hybridvl.cli import main
+from hybridvl.cli.serve import _shown_source
 from hybridvl.inference import Processor
 from hybridvl.inference.streaming import StreamingSession
 from hybridvl.models.vlm import VisionLanguageModel
@@ -184,7 +185,7 @@ def reply_at(folder: Path, video: Path, moment: float, question: str) -> str:
 
 def test_the_default_baseline_stops_at_its_limit(folder: Path, video: Path) -> None:
     with served(str(video), "--checkpoint", str(folder), "--loop", "--baseline-tokens", "60") as (_, process):
-        time.sleep(2)
+        time.sleep(5)  # 60 tokens are eight frames of a few milliseconds
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
@@ -208,9 +209,11 @@ def test_the_default_baseline_stops_at_its_limit(folder: Path, video: Path) -> N
         (["--baseline", "full*3"], "--baseline: "),
         (["--baseline-tokens", "0"], "--baseline-tokens: 0; expected a whole number of at least 1"),
         (["--port", "70000"], "--port: 70000; expected a number from 0 (any that is free) to 65535"),
+        (["--queue", "0"], "--queue: 0; expected a whole number of at least 1"),
+        (["--host", "::1"], "--host: ::1; expected a name or IPv4 address of this machine"),
         (
             ["--host", "no.such.host.invalid"],
-            "--host: no.such.host.invalid; expected a name or address of this machine",
+            "--host: no.such.host.invalid; expected a name or IPv4 address of this machine",
         ),
         (["--max-new-tokens", "-1"], "max_new_tokens: -1; expected"),
         (["--fps", "-1"], "fps: -1.0; expected"),
@@ -249,6 +252,11 @@ def test_a_port_that_is_taken(folder: Path, video: Path, capsys: pytest.CaptureF
         assert main(["serve", str(video), "--checkpoint", str(folder), "--port", str(port)]) == 2
     wanted = f"--host, --port: 127.0.0.1, {port}: Address already in use; expected"
     assert capsys.readouterr().err.startswith(f"error: {wanted}")
+
+
+def test_the_source_is_named_without_its_password_and_without_commands() -> None:
+    found = [_shown_source(name) for name in ("rtsp://eve:secret@host/x", "a\x1b[31m\udcff.mp4", "C:/clip.mp4")]
+    assert found == ["rtsp://eve:***@host/x", "a\N{REPLACEMENT CHARACTER}[31m?.mp4", "C:/clip.mp4"]
 
 
 def test_without_gradio(

@@ -43,11 +43,12 @@ def test_figures_of_each_model() -> None:
     )
     view = View(status="playing", dropped=1200, resident=345_600_000, sides=(SIDE, stopped))
     shown = texts(sides_html(view, ["It <answers>.", "Made."]))
-    ours = ["12.5", "ms a frame", "80.0", "frames/s", "1,234", "tokens", "7.65", "MB of state"]
-    full = ["?", "ms a frame", "?", "frames/s", "60", "tokens", "0.512", "MB of state"]
+    ours = ["12.5", "ms a frame", "80.0", "frames/s alone", "1,234", "tokens", "7.65", "MB of state"]
+    full = ["?", "ms a frame", "?", "frames/s alone", "60", "tokens", "0.512", "MB of state"]
     notes = ["It &lt;answers&gt;.", "Stopped at 60 tokens, the most it is given. Made."]
-    foot = "1,200 frames dropped · the whole process holds 345.6 MB · times are each model's own work for a frame, "
-    assert shown == ["swa &lt;gdn&gt;", *ours, notes[0], "full*2", *full, notes[1], f"{foot}without the other's"]
+    held = "1,200 frames dropped · the whole process holds 345.6 MB of main memory"
+    foot = f"{held} · times are each model's own work for a frame, without the other's"
+    assert shown == ["swa &lt;gdn&gt;", *ours, notes[0], "full*2", *full, notes[1], foot]
 
 
 def test_what_ended_a_stream() -> None:

@@ -57,8 +57,8 @@ def open_source(
         scheme = address[1].lower()
         if scheme not in SCHEMES:
             known = ", ".join(SCHEMES)
-            raise ConfigError(f"{place}: address {_without_password(text)}; expected a file, or one of {known}")
-        name = f"{place}: stream {_without_password(text)}"
+            raise ConfigError(f"{place}: address {without_password(text)}; expected a file, or one of {known}")
+        name = f"{place}: stream {without_password(text)}"
         transport = {"rtsp_transport": config.transport} if scheme.startswith("rtsp") else {}
         return _network(text, name, fps, config, transport, clock)
     path = Path(source)
@@ -106,6 +106,7 @@ def _interruptible(connect: Callable[[], Decoder], interrupt: Interrupt) -> Deco
             raise
 
 
-def _without_password(address: str) -> str:
+def without_password(address: str) -> str:
+    """An address as it may be shown."""
     parts = urlsplit(address)
     return urlunsplit(parts._replace(netloc=re.sub(r":[^@:]*@", ":***@", parts.netloc)))

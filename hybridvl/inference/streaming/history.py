@@ -18,19 +18,12 @@ class Point:
         tokens: of the stream up to there.
         milliseconds: of the model's own work for one frame, the mean of them.
         state_bytes: of the model's state then.
-        resident: bytes that the whole process held then; None where the system does not tell.
     """
 
     time: float
     tokens: int
     milliseconds: float
     state_bytes: int
-    resident: int | None = None
-
-    @property
-    def rate(self) -> float:
-        """Frames that the model could take in a second, if it had nothing else to do."""
-        return 1000 / self.milliseconds
 
 
 class History:

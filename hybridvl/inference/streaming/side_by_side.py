@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class SideBySide:
         self._showing, self._loop = showing or Showing(), loop
         self._changed = threading.Condition()
         self._working = threading.Lock()  # held while a frame is on its way into the states
-        self._asking, self._replying = 0, 0
+        self._asking, self._replying, self._shown_frames = 0, 0, 0
         self._paused = self._anew = self._closing = False
         self._origin: float | None = None
         self._after = 0.0
@@ -182,19 +183,15 @@ class SideBySide:
     def _set_paused(self, paused: bool) -> None:
         with self._changed:
             self._paused = paused
-            if self._view.status in ("playing", "paused"):
-                self._publish(dataclasses.replace(self._view, status="paused" if paused else "playing"))
+            if self._view.status != "ended":
+                going = "waiting" if self._view.time is None else "playing"
+                self._publish(dataclasses.replace(self._view, status="paused" if paused else going))
             self._changed.notify_all()
 
     def _run(self) -> None:
-        try:
-            self._play_and_wait(self._source)
-            while not self._closing:
-                self._play_and_wait(None)
-        except BaseException as error:
-            # Whoever looks at the stream should know; the thread's own hook prints where it was.
-            self._publish(dataclasses.replace(self._view, status="ended", error=f"{type(error).__name__}: {error}"))
-            raise
+        self._play_and_wait(self._source)
+        while not self._closing:
+            self._play_and_wait(None)
 
     def _play_and_wait(self, source: FrameSource | None) -> None:
         """Show a source, by default the one that is opened again, and wait at its end unless it is to begin again."""
@@ -203,6 +200,10 @@ class SideBySide:
             count = self._play(self._opened_again() if source is None else source)
         except ConfigError as mistake:
             error = str(mistake)
+        except (RuntimeError, MemoryError, OSError, ValueError) as fault:
+            # Whoever looks at the stream should know, and may begin anew; where it was is told to who started it.
+            error = f"{type(fault).__name__}: {fault}"
+            traceback.print_exc()
         with self._changed:
             if not (self._closing or self._anew) and (error or not self._loop or not count):
                 self._publish(dataclasses.replace(self._view, status="ended", error=error))
@@ -274,12 +275,14 @@ class SideBySide:
 
     def _show(self, prepared: _Prepared, dropped: int) -> None:
         moment, alone = prepared.time + self._after, not self._replying
-        for side, ready in zip(self._sides, prepared.ready, strict=True):
+        turns = list(zip(self._sides, prepared.ready, strict=True))
+        # Who comes first shares the processor with the thread that makes the next frame ready: they take turns.
+        self._shown_frames += 1
+        for side, ready in turns if self._shown_frames % 2 else reversed(turns):
             side.show(ready, moment)
-        resident = resident_bytes()
         if alone and not self._replying:
             for side in self._sides:
-                side.note(moment, resident)
+                side.note(moment)
         with self._changed:
             self._publish(
                 View(
@@ -287,7 +290,7 @@ class SideBySide:
                     time=moment,
                     picture=prepared.pixels,
                     dropped=dropped,
-                    resident=resident,
+                    resident=resident_bytes(),
                     sides=self._views(),
                 )
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from hybridvl.inference.streaming.history import History, Point
 from hybridvl.inference.streaming.session import StreamingSession
 from hybridvl.inference.streaming.steps import ReadyFrame
 
-_RECENT = 16  # frames whose mean time is shown as the present one
+_RECENT = 16  # frames whose median time is shown as the present one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class SideView:
         name: what it is called.
         frames: shown so far.
         tokens: of its stream.
-        milliseconds: of its own work for a frame, the mean of the last ones; None before the first.
+        milliseconds: of its own work for a frame, the median of the last ones; None before the first.
         state_bytes: of its state.
         points: how it went.
         stopped: whether it has come to its most tokens.
@@ -84,7 +85,7 @@ class ShownSide:
         wait_for_device(session.model)
         self._frames, self._took = self._frames + 1, 1000 * (time.perf_counter() - begin)
 
-    def note(self, moment: float, resident: int | None) -> None:
+    def note(self, moment: float) -> None:
         """Keep what the last frame took."""
         if not self._took:
             return
@@ -96,7 +97,6 @@ class ShownSide:
                 tokens=session.timeline.tokens,
                 milliseconds=self._took,
                 state_bytes=session.state_bytes,
-                resident=resident,
             )
         )
 
@@ -108,7 +108,7 @@ class ShownSide:
             name=self.side.name,
             frames=self._frames,
             tokens=session.timeline.tokens,
-            milliseconds=sum(recent) / len(recent) if recent else None,
+            milliseconds=statistics.median(recent) if recent else None,
             state_bytes=session.state_bytes,
             points=self._history.points,
             stopped=self._stopped,
