@@ -222,7 +222,7 @@ def wait_until(condition: Any) -> None:
         (["--fps", "-1"], "fps: -1.0; expected"),
         (["--together", "3"], "together: 3; expected 1 or 2 frames a step"),
         (["--max-pixels", "10", "--min-pixels", "20"], "min_pixels and max_pixels: 20 and 10; expected 0 < min <= max"),
-        (["--queue", "0"], "prefetch.size: 0; expected"),
+        (["--queue", "0"], "--queue: 0; expected a whole number of at least 1"),
         (["--max-new-tokens", "-1"], "max_new_tokens: -1; expected"),
         (["--load-state", "nothing"], "nothing: no such file; expected what hybridvl stream --save-state"),
         (["--load-state", "x", "--layout", "video"], "--layout: given with --load-state; expected one of them"),
