@@ -88,7 +88,6 @@ def model_of(place: Path, pattern: str) -> Path:
 @contextmanager
 def served(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """The address of the page, and the process that serves it."""
-    pytest.importorskip("gradio", reason="the extra serve is not installed")
     command = [sys.executable, "-m", "hybridvl", "serve", *arguments, "--port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(

@@ -19,8 +19,8 @@ EVERY = 60  # frames of the clip, which has 30 a second
 
 def clip() -> Path:
     found = importlib.util.find_spec("gradio")  # finds it without importing it
-    if found is None or found.origin is None:
-        pytest.skip("gradio, which brings the clip, is not installed; it is in the extras serve and dev")
+    assert found is not None, "gradio, of the dev extra, brings the clip"
+    assert found.origin is not None
     return Path(found.origin).parent / "media_assets" / "videos" / "world.mp4"
 
 

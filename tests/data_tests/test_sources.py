@@ -4,40 +4,17 @@ import re
 import shutil
 import threading
 import weakref
-from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
 from PIL import Image
-from video_cases import decode_all, write_video
+from video_cases import decode_all, write_timed, write_video
 
 from hybridvl.data.sources import open_source
 from hybridvl.layers import ConfigError
 
 FASTSTART = {"movflags": "faststart"}
-
-
-def write_timed(path, times, codec="libx264", options=None, size=(64, 48), cover=False):
-    """A file whose frame n is shown at times[n] milliseconds; returns the path."""
-    with av.open(str(path), "w") as container:
-        if cover:
-            picture = container.add_stream("mjpeg")
-            picture.width, picture.height, picture.pix_fmt = 32, 32, "yuvj420p"
-            picture.disposition = av.stream.Disposition.attached_pic
-        stream = container.add_stream(codec, rate=30, options=options or {})
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 1000)
-        if cover:
-            container.mux(picture.encode(av.VideoFrame.from_image(Image.new("RGB", (32, 32), "red"))))
-        for number, time in enumerate(times):
-            pixels = np.full((size[1], size[0], 3), 8 * number % 256, dtype=np.uint8)
-            pixels[:, 2 * number % size[0]] = 255
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts, frame.time_base = time, Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    return path
 
 
 def read(path, fps=None):
