@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ from pathlib import Path
 import torch
 
 from hybridvl.bench.sides import Results, result_bytes
+from hybridvl.resident import high_water_bytes, resident_bytes
 
-_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -38,22 +38,24 @@ def peak_memory(run: Callable[[], Results], device: str) -> Peak | None:
     gc.collect()
     if torch.device(device).type == "cuda":
         return _cuda_peak(run, device)
-    if not (_RESET.exists() and _give_back()):
+    before = settled_bytes()
+    if before is None or not _reset_high_water_mark():
         return None
-    try:
-        _RESET.write_text("5")
-    except OSError:
-        return None
-    before = _status("VmRSS")
     kept = run()
-    peak = max(0, _status("VmHWM") - before)
+    high = high_water_bytes()
+    if high is None:
+        return None
+    peak = max(0, high - before)
     return Peak(peak, max(0, peak - result_bytes(kept)))
 
 
-def resident_bytes() -> int:
-    """The process's resident set, after freed memory was given back to the system."""
-    _give_back()
-    return _status("VmRSS")
+def settled_bytes() -> int | None:
+    """The process's resident set in bytes, after freed memory was given back; None where that cannot be had."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is None:
+        return None
+    trim(0)
+    return resident_bytes()
 
 
 def _cuda_peak(run: Callable[[], Results], device: str) -> Peak:
@@ -66,17 +68,9 @@ def _cuda_peak(run: Callable[[], Results], device: str) -> Peak:
     return Peak(peak, max(0, peak - result_bytes(kept)))
 
 
-def _give_back() -> bool:
-    """Return the heap's free pages to the system, so that reusing them shows; False without glibc."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is None:
+def _reset_high_water_mark() -> bool:
+    try:
+        _RESET.write_text("5")
+    except OSError:
         return False
-    trim(0)
     return True
-
-
-def _status(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
-    if found is None:
-        raise RuntimeError(f"{_STATUS} has no {name}")
-    return int(found[1]) * 1024

@@ -19,7 +19,7 @@ LEVELS = [
     {"layers.ops"},
     {"layers"},
     {"pattern", "models", "testing"},
-    {"checkpoints", "pictures"},
+    {"checkpoints", "pictures", "resident"},
     {"data", "hf", "plan"},
     {"inference", "conversion"},
     {"training"},

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from hybridvl.data.sources import FrameSource, Prefetcher, TimedFrame
 from hybridvl.inference.replies import ReplyPiece
-from hybridvl.inference.resident import resident_bytes
 from hybridvl.inference.streaming.showing import Showing
 from hybridvl.inference.streaming.sides import ShownSide, Side, SideView
 from hybridvl.inference.streaming.steps import ReadyFrame
 from hybridvl.layers.errors import ConfigError
+from hybridvl.resident import resident_bytes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

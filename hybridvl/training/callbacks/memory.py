@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from hybridvl.inference.resident import resident_bytes
+from hybridvl.resident import resident_bytes
 from hybridvl.training.trainer import logs_now
 
 MIB = 2**20
