@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         if options.drop is None and source.live:
             showing = dataclasses.replace(showing, drop="oldest")
         sides, notes = _sides(options, folder, processor, baseline)
-        stream = SideBySide(sides, source, lambda: opened_source(options, processor), showing, options.loop)
+        stream = SideBySide(sides, source, partial(opened_source, options, processor), showing, options.loop)
         text = PageText(source=_shown_source(options.source), names=[side.name for side in sides], notes=notes)
         _serve(stream, text, options.host, port)
     if not options.quiet and sys.stderr is not None:

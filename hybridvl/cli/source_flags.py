@@ -8,6 +8,7 @@ from pathlib import Path
 from hybridvl.checkpoints import read_config
 from hybridvl.cli.replying import model_folder
 from hybridvl.data.sources import FrameSource, LiveConfig, open_source
+from hybridvl.data.sources.interrupts import Interrupt
 from hybridvl.data.sources.live import TRANSPORTS
 from hybridvl.data.sources.prefetch import DROPS
 from hybridvl.data.video import VideoProcessor
@@ -41,14 +42,17 @@ def seeing_folder(path: str) -> Path:
     return folder
 
 
-def opened_source(options: argparse.Namespace, processor: Processor) -> FrameSource:
-    """The source that the flags name; ConfigError if it cannot be opened, or if there is to be no queue."""
+def opened_source(options: argparse.Namespace, processor: Processor, interrupt: Interrupt | None = None) -> FrameSource:
+    """The source that the flags name; ConfigError if it cannot be opened, or if there is to be no queue.
+
+    interrupt: another thread may end the opening by it.
+    """
     if options.queue < 1:
         raise ConfigError(f"--queue: {options.queue}; expected a whole number of at least 1")
     videos = processor.videos or VideoProcessor(processor.images)
     fps = videos.config.fps if options.fps is None else options.fps
     live = LiveConfig(timeout=options.timeout, tries=options.tries, transport=options.transport)
-    return open_source(options.source, fps or None, live=live, place="SOURCE")
+    return open_source(options.source, fps or None, live=live, place="SOURCE", interrupt=interrupt)
 
 
 def given_limits(options: argparse.Namespace, processor: Processor, layout: str) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from video_cases import decode_all, write_video
 
 from hybridvl.data.sources import FrameSource, open_source
 from hybridvl.data.sources.frames import Moment
+from hybridvl.data.sources.interrupts import Interrupt
+from hybridvl.data.sources.live import LiveConfig
 from hybridvl.inference.streaming import StreamingSession
 from hybridvl.inference.streaming.history import History, Point
 from hybridvl.inference.streaming.showing import Showing
@@ -70,13 +73,13 @@ def reply(one: StreamingSession, question: str, most: int) -> str:
     return "".join(piece.text for piece in one.ask(question, most))
 
 
-def refused() -> FrameSource:
+def refused(interrupt: Interrupt) -> FrameSource:
     raise ConfigError("SOURCE: it is gone")
 
 
 @contextmanager
 def shown(
-    sides: list[Side], source: FrameSource, opening: Callable[[], FrameSource] = refused, **more: Any
+    sides: list[Side], source: FrameSource, opening: Callable[[Interrupt], FrameSource] = refused, **more: Any
 ) -> Iterator[SideBySide]:
     made = SideBySide(sides, source, opening, **more)
     made.start()
@@ -160,7 +163,7 @@ def test_a_side_stops_at_its_most_tokens(video: Path) -> None:
 
 def test_a_loop_goes_on_in_time(video: Path) -> None:
     side = Side(name="ours", session=session())
-    with shown([side], open_source(video), lambda: open_source(video), loop=True) as one:
+    with shown([side], open_source(video), lambda interrupt: open_source(video), loop=True) as one:
         wait_until(lambda: one.view.sides[0].frames > FRAMES)
         one.pause()
         assert one.view.status == "paused"
@@ -177,7 +180,7 @@ def test_pause_go_on_and_begin_anew(video: Path) -> None:
     sources = [Gated(pixels), Gated(pixels)]
     opened = iter(sources[1:])
     side = Side(name="ours", session=session())
-    with shown([side], sources[0], lambda: next(opened)) as one:
+    with shown([side], sources[0], lambda interrupt: next(opened)) as one:
         sources[0].gate.release(2)
         wait_until(lambda: one.view.sides[0].frames == 2)
         one.pause()
@@ -199,9 +202,9 @@ def test_pause_go_on_and_begin_anew(video: Path) -> None:
 def test_a_lost_source_ends_the_stream_and_may_be_opened_again(video: Path) -> None:
     pixels = decode_all(video)[:2]
     source = Gated(pixels, fails=True)
-    openings = itertools.chain([refused], itertools.repeat(lambda: open_source(video)))
+    openings = itertools.chain([refused], itertools.repeat(lambda interrupt: open_source(video)))
     side = Side(name="ours", session=session())
-    with shown([side], source, lambda: next(openings)(), loop=True) as one:
+    with shown([side], source, lambda interrupt: next(openings)(interrupt), loop=True) as one:
         source.gate.release(9)
         wait_until(lambda: one.view.status == "ended")
         assert (one.view.error, one.view.sides[0].frames) == ("gated: the cable is out", 2)
@@ -210,6 +213,31 @@ def test_a_lost_source_ends_the_stream_and_may_be_opened_again(video: Path) -> N
         wait_until(lambda: one.view.error == "SOURCE: it is gone")
         one.begin_anew()
         wait_until(lambda: one.view.sides[0].frames >= FRAMES)
+
+
+@pytest.mark.timeout(60)  # seconds; the wait that is to be ended is of ten minutes
+def test_an_opening_that_waits_is_given_up(video: Path) -> None:
+    """By the end of the stream, and by a further wish to begin anew."""
+    sides = [Side(name="ours", session=session())]
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        wanted = iter([address, video, address])
+
+        def opening(interrupt: Interrupt) -> FrameSource:
+            return open_source(next(wanted), live=LiveConfig(timeout=600), interrupt=interrupt)
+
+        with shown(sides, open_source(video), opening) as one:
+            wait_until(lambda: one.view.status == "ended")
+            one.begin_anew()
+            with silent.accept()[0]:
+                assert one.view.status == "waiting"
+                one.begin_anew()
+                wait_until(lambda: one.view.status == "ended")
+                assert (one.view.error, one.view.sides[0].frames) == ("", FRAMES)
+            one.begin_anew()
+            waited_for, _ = silent.accept()
+        waited_for.close()
+    assert one.view.error == ""
 
 
 def test_sides_take_turns_in_coming_first(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +269,9 @@ def test_a_stream_that_a_fault_has_ended_begins_anew(video: Path, capsys: pytest
             raise MemoryError("no room")
             yield
 
-    with shown([Side(name="ours", session=session())], Full(decode_all(video)), lambda: open_source(video)) as one:
+    with shown(
+        [Side(name="ours", session=session())], Full(decode_all(video)), lambda interrupt: open_source(video)
+    ) as one:
         wait_until(lambda: one.view.status == "ended")
         assert one.view.error == "MemoryError: no room"
         one.begin_anew()

@@ -33,6 +33,7 @@ def open_source(
     live: LiveConfig | None = None,
     place: str = "source",
     clock: Clock | None = None,
+    interrupt: Interrupt | None = None,
 ) -> FrameSource:
     """Open a video file, a folder of pictures, a camera (/dev/video0) or an address (rtsp://, rtsps://, http(s)://).
 
@@ -46,12 +47,13 @@ def open_source(
         live: how cameras and addresses are read.
         place: what an error message calls it.
         clock: the wall clock of live sources.
+        interrupt: another thread may end the opening by it, and closes the opened source with it.
 
     Raises:
         ConfigError: it is missing, empty, no video, or does not answer; or fps or the rate is none.
     """
     text = str(source)
-    config, clock = live or LiveConfig(), clock or Clock()
+    config, clock, interrupt = live or LiveConfig(), clock or Clock(), interrupt or Interrupt()
     address = _ADDRESS.match(text)
     if address is not None:
         scheme = address[1].lower()
@@ -60,21 +62,26 @@ def open_source(
             raise ConfigError(f"{place}: address {without_password(text)}; expected a file, or one of {known}")
         name = f"{place}: stream {without_password(text)}"
         transport = {"rtsp_transport": config.transport} if scheme.startswith("rtsp") else {}
-        return _network(text, name, fps, config, transport, clock)
+        return _network(text, name, fps, config, transport, clock, interrupt)
     path = Path(source)
     if path.is_dir():
         rate = (fps or FOLDER_RATE) if rate is None else rate
         return FolderSource(path, f"{place}: folder {text}", fps, rate)
     if path.is_char_device() or text.startswith("/dev/video"):
-        return _camera(path, f"{place}: camera {text}", fps, config, clock)
-    name, interrupt = f"{place}: video {text}", Interrupt()
+        return _camera(path, f"{place}: camera {text}", fps, config, clock, interrupt)
+    name = f"{place}: video {text}"
     return VideoSource(Decoder(require_file(path, name), name, interrupt), interrupt, name, fps)
 
 
 def _network(
-    address: str, name: str, fps: float | None, config: LiveConfig, options: dict[str, str], clock: Clock
+    address: str,
+    name: str,
+    fps: float | None,
+    config: LiveConfig,
+    options: dict[str, str],
+    clock: Clock,
+    interrupt: Interrupt,
 ) -> FrameSource:
-    interrupt = Interrupt()
     connect = partial(Decoder, address, name, interrupt, options={**options, **config.options}, timeout=config.timeout)
     decoder = _interruptible(connect, interrupt)
     if decoder.finite:
@@ -82,11 +89,12 @@ def _network(
     return LiveSource(decoder, connect, interrupt, name, fps, config, clock)
 
 
-def _camera(path: Path, name: str, fps: float | None, config: LiveConfig, clock: Clock) -> FrameSource:
+def _camera(
+    path: Path, name: str, fps: float | None, config: LiveConfig, clock: Clock, interrupt: Interrupt
+) -> FrameSource:
     if not path.exists():
         there = ", ".join(sorted(str(device) for device in Path("/dev").glob("video*"))) or "none"
         raise Unreadable(name, f"no such device; there are: {there}")
-    interrupt = Interrupt()
     connect = partial(
         Decoder, str(path), name, interrupt, format="v4l2", options=config.options, timeout=config.timeout
     )

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hybridvl.data.sources import FrameSource, Prefetcher, TimedFrame
+from hybridvl.data.sources.interrupts import Interrupt
 from hybridvl.inference.replies import ReplyPiece
 from hybridvl.inference.streaming.showing import Showing
 from hybridvl.inference.streaming.sides import ShownSide, Side, SideView
@@ -76,7 +77,7 @@ class SideBySide:
     Args:
         sides: the sessions; the first one's times are those of the stream.
         source: the frames; closed at the end.
-        opening: opens the source again, for a stream that begins anew.
+        opening: opens the source again, for a stream that begins anew; setting what it is given ends its waiting.
         showing: how, and how replies are written; `most_frames` is not looked at.
         loop: whether a source that has ended begins again; the stream's time goes on.
     """
@@ -85,7 +86,7 @@ class SideBySide:
         self,
         sides: Sequence[Side],
         source: FrameSource,
-        opening: Callable[[], FrameSource],
+        opening: Callable[[Interrupt], FrameSource],
         showing: Showing | None = None,
         loop: bool = False,
     ) -> None:
@@ -98,6 +99,7 @@ class SideBySide:
         self._paused = self._anew = self._closing = False
         self._origin: float | None = None
         self._after = 0.0
+        self._opens = Interrupt()  # of the opening that is under way, if one is
         self._ahead: Prefetcher[_Prepared] | None = None
         self._view = View(sides=self._views())
         self._thread = threading.Thread(target=self._run, name="side by side", daemon=True)
@@ -115,10 +117,7 @@ class SideBySide:
         """End after the frame that is being shown, and close the source."""
         with self._changed:
             self._closing = True
-            self._changed.notify_all()
-            ahead = self._ahead
-        if ahead is not None:
-            ahead.close()
+        self._give_up_source()
         if self._thread.ident is not None:
             self._thread.join()
         self._source.close()  # where it was never begun
@@ -136,10 +135,7 @@ class SideBySide:
         """Forget what was shown, and begin with the source opened again."""
         with self._changed:
             self._anew, self._paused = True, False
-            self._changed.notify_all()
-            ahead = self._ahead
-        if ahead is not None:
-            ahead.close()
+        self._give_up_source()
 
     def ask(self, question: str) -> Iterator[Answer]:
         """The replies of the sides that answer, one after another, all of them about this moment.
@@ -154,6 +150,15 @@ class SideBySide:
                     pieces = session.ask(question, showing.max_new_tokens, showing.sampling, showing.stops)
                     replies.append((number, session.timeline.time, pieces))
         return self._answers(replies)
+
+    def _give_up_source(self) -> None:
+        """End the thread's waits, whatever they are for."""
+        with self._changed:
+            self._changed.notify_all()
+            opens, ahead = self._opens, self._ahead
+        opens.set()
+        if ahead is not None:
+            ahead.close()
 
     def _answers(self, replies: Sequence[tuple[int, float | None, Iterator[ReplyPiece]]]) -> Iterator[Answer]:
         with self._changed:
@@ -210,8 +215,12 @@ class SideBySide:
                 self._changed.wait_for(lambda: self._closing or self._anew)
 
     def _opened_again(self) -> FrameSource:
+        opens = Interrupt()
         with self._changed:
             anew, self._anew = self._anew, False
+            self._opens = opens
+            if self._closing:
+                opens.set()
         if anew:
             with self._working:
                 for side in self._sides:
@@ -221,7 +230,7 @@ class SideBySide:
                 self._publish(View(sides=self._views()))
         else:
             self._after = self._sides[0].side.session.after_last
-        return self._opening()
+        return self._opening(opens)
 
     def _play(self, source: FrameSource) -> int:
         """Show a source up to its end, or until something else is wanted; the number of frames."""
