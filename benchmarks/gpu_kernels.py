@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hybridvl.layers import MIXERS, Sequence
-from hybridvl.layers.ops import attention, gated_delta_rule, ssd
+from hybridvl.layers.ops import attention, causal_conv, gated_delta_rule, ssd
 from hybridvl.layers.ops.backend import backend_names
-from hybridvl.layers.ops.gated_norm import gated_rms_norm
+from hybridvl.layers.ops.gated_norm import gated_rms_norm, rms_norm
 from hybridvl.layers.ops.gdn_step import gated_delta_net_step
 from hybridvl.layers.ops.mamba2_step import mamba2_step
 from hybridvl.layers.ops.ring_attention import cached_attention, ring_attention
+from hybridvl.layers.ops.slots import store_in_slots
+from hybridvl.layers.rotary import apply_rotary, rotary_table
 
 Run = Callable[[], list[Tensor]]
 
@@ -84,6 +86,10 @@ def cases(sizes: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
     yield _mamba2_step(sizes, draw)
     yield _decode_attention(sizes, draw)
     yield _frame_attention(sizes, draw)
+    yield _frame_slots(sizes, draw)
+    yield _frame_rotary(sizes, draw)
+    yield _frame_convolution(sizes, draw)
+    yield _frame_norm(sizes, draw)
     yield from (_norm(sizes, draw, backward) for backward in (False, True))
     yield from (_delta_rule(sizes, draw, backward) for backward in (False, True))
     yield _ssd(sizes, draw)
@@ -207,6 +213,50 @@ def _frame_attention(sizes: Sizes, draw: Draw) -> Case:
         sum(x.nbytes for x in (*new, *ring)),
         graph=True,
     )
+
+
+def _frame_slots(sizes: Sizes, draw: Draw) -> Case:
+    (_, k, v), ring, length = _cache(sizes, draw, sizes.frame)
+    counts = torch.full_like(length, sizes.frame)
+    reset = _keeper(list(ring))
+
+    def run(name: str, wide: bool = False) -> list[Tensor]:
+        slots = [x.double() for x in ring] if wide else ring
+        store_in_slots(k, v, *slots, length, counts, name)
+        return list(slots)
+
+    runs, nbytes = _backends("store_in_slots", run), 2 * (k.nbytes + v.nbytes)
+    name = "keys and values of a frame into a ring"
+    return Case(name, runs, lambda: run("reference", wide=True), nbytes=nbytes, graph=True, reset=reset)
+
+
+def _frame_rotary(sizes: Sizes, draw: Draw) -> Case:
+    x = draw(1, sizes.frame, sizes.heads, sizes.key_dim)
+    tables = rotary_table(torch.arange(sizes.frame, device=draw.device)[None], sizes.key_dim)
+    runs = _backends("rotary", lambda name: [apply_rotary(x, *tables, name)])
+    wide = [t.double() for t in tables]
+    right = lambda: [apply_rotary(x.double(), *wide, "reference")]  # noqa: E731
+    return Case("rotary positions of a frame", runs, right, nbytes=2 * x.nbytes, graph=True)
+
+
+def _frame_convolution(sizes: Sizes, draw: Draw) -> Case:
+    channels = sizes.heads * sizes.value_dim
+    x, weight, state = draw(1, sizes.frame, channels), draw(channels, 4), draw(1, channels, 4)
+
+    def run(name: str, *given: Tensor) -> list[Tensor]:
+        x, weight, state = given
+        return list(causal_conv(x, weight, initial_state=state, backend=name))
+
+    runs = _backends("causal_conv", lambda name: run(name, x, weight, state))
+    wide = [t.double() for t in (x, weight, state)]
+    return Case("convolution of a frame", runs, lambda: run("reference", *wide), nbytes=2 * x.nbytes, graph=True)
+
+
+def _frame_norm(sizes: Sizes, draw: Draw) -> Case:
+    x, weight = draw(1, sizes.frame, sizes.width), draw(sizes.width)
+    runs = _backends("rms_norm", lambda name: [rms_norm(x, weight, 1e-6, name)])
+    right = lambda: [rms_norm(x.double(), weight.double(), 1e-6, "reference")]  # noqa: E731
+    return Case("norm of a frame", runs, right, nbytes=2 * x.nbytes, graph=True)
 
 
 def _keeper(states: list[Tensor]) -> Callable[[], object]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hybridvl.layers.base import State
 from hybridvl.layers.ops.checks import readable_on_host
+from hybridvl.layers.ops.slots import store_in_slots
 
 
 @dataclass
@@ -44,7 +45,7 @@ class KeyValueState(State):
                 self._append_slices(k, v, lengths[0], stored[0])
                 self.length += counts
                 return min(lengths[0] + stored[0], self.slots)
-        self._append_rows(k, v, counts)
+        store_in_slots(k, v, self.k, self.v, self.length, counts)
         self.length += counts
         return self.slots
 
@@ -57,18 +58,6 @@ class KeyValueState(State):
             buffer[:, slot : slot + first] = new[:, count - kept : count - kept + first]
             if first < kept:
                 buffer[:, : kept - first] = new[:, count - kept + first : count]
-
-    def _append_rows(self, k: Tensor, v: Tensor, counts: Tensor) -> None:
-        """Any rows, by positions in tensors alone: nothing is read on the host."""
-        newest = min(k.shape[1], self.slots)
-        offsets = torch.arange(newest, device=k.device)
-        source = (counts[:, None] - newest).clamp(min=0) + offsets  # (B, newest), in the new tokens
-        slot = (self.length[:, None] + source) % self.slots  # no slot twice in a row, as newest <= S
-        stored = (source < counts[:, None])[..., None, None]
-        row = torch.arange(k.shape[0], device=k.device)[:, None]
-        for buffer, new in ((self.k, k), (self.v, v)):
-            # Padding writes back what its slot holds: shapes stay independent of the data.
-            buffer[row, slot] = torch.where(stored, new[row, source].to(buffer.dtype), buffer[row, slot])
 
 
 def zero_slots(

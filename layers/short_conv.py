@@ -14,14 +14,15 @@ from hybridvl.layers.rows import readable, token_counts
 class ShortConv(nn.Module):
     """SiLU of a causal depthwise convolution over W tokens, with the parameters of an `nn.Conv1d`.
 
-    weight: (D, 1, W). bias: (D,) or None. backend: of `causal_conv`; a name it does not have counts as "auto".
+    weight: (D, 1, W). bias: (D,) or None. backend: of `causal_conv`; where it does not have it, as with gradients or
+    packed segments, "auto".
     """
 
     def __init__(self, channels: int, width: int, bias: bool = False, backend: str = "auto") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
-        self.backend = backend_or_auto("causal_conv", backend)
+        self.backend = backend
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -48,7 +49,9 @@ class ShortConv(nn.Module):
             self.bias,
             initial_state=initial,
             cu_seqlens=sequence.cu_seqlens,
-            backend=self.backend,
+            backend=backend_or_auto(
+                "causal_conv", self.backend, torch.is_grad_enabled(), sequence.cu_seqlens is not None
+            ),
         )
         if state is not None and initial is not None:
             if sequence.mask is not None:

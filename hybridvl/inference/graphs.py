@@ -35,6 +35,8 @@ Step = Callable[..., Tensor]
 """(runner, *inputs, bound) -> its output; the runner is one that runs each call by itself."""
 Replay = Callable[[Inputs], Tensor]
 
+_recording = threading.Lock()  # of all models and devices: a recording begins by waiting for the whole device
+
 
 class CudaRecorder:
     """Records steps as CUDA graphs, which share one pool of memory."""
@@ -56,7 +58,7 @@ class CudaRecorder:
             own = [None if x is None else x.clone(memory_format=torch.contiguous_format) for x in inputs]
         device = next(x.device for x in own if x is not None)
         graph, self._pool = torch.cuda.CUDAGraph(), self._pool or torch.cuda.graph_pool_handle()
-        with torch.cuda.device(device):
+        with _recording, torch.cuda.device(device):
             before = torch.cuda.current_stream(device)
             # thread_local: a thread that reads frames may go on meanwhile.
             recording = torch.cuda.graph(graph, self._pool, torch.cuda.Stream(device), "thread_local")

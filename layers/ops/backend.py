@@ -42,6 +42,11 @@ def _on_cuda(work: _Workload) -> bool:
     return work.device.type == "cuda"
 
 
+def _by_itself(work: _Workload) -> bool:
+    """On CUDA, unless a compiler makes one kernel of it and of what is around it."""
+    return _on_cuda(work) and not torch.compiler.is_compiling()
+
+
 def _long_bands(work: _Workload) -> bool:
     """Where FlexAttention's skipped blocks are worth its compilation."""
     return (work.windowed or work.packed) and work.tokens >= 1024
@@ -67,6 +72,7 @@ class _Backend:
     max_dim: int = 0  # of keys and values, 0 = any
     equal_dims: bool = False  # values as wide as keys
     grad: bool = True  # gradients can be recorded
+    packed: bool = True  # takes packed segments
     masks: bool = True  # takes masks of the keys
     best: Callable[[_Workload], bool] = _always
 
@@ -85,6 +91,8 @@ class _Backend:
             return f"{kernels} take values as wide as keys, not {work.value_dim} beside {work.key_dim}"
         if work.grad and not self.grad:
             return f"{kernels} have no backward pass, and gradients are recorded"
+        if work.packed and not self.packed:
+            return f"{kernels} take no packed segments"
         if work.masked and not self.masks:
             return f"{kernels} take no mask of the keys"
         missing = [name for name in self.packages if name not in _INSTALLED]
@@ -109,16 +117,23 @@ _FLEX = _Backend("flex", ("triton",), cuda=True, dtypes=_NARROW, max_dim=256, ma
 _SDPA = _Backend("sdpa", best=_plain)
 _NORM = _Backend("triton", ("triton",), cuda=True, dtypes=_NARROW, max_dim=16384, best=_on_cuda)
 _STEP = _Backend("triton", ("triton",), cuda=True, dtypes=_NARROW, max_dim=256, grad=False, best=_on_cuda)
+_CONV = _Backend("triton", ("triton",), cuda=True, dtypes=_NARROW, grad=False, packed=False, best=_by_itself)
+_ROTARY = _Backend("triton", ("triton",), cuda=True, dtypes=_NARROW, max_dim=256, best=_by_itself)
+_PLAIN_NORM = _Backend("triton", ("triton",), cuda=True, dtypes=_NARROW, max_dim=16384, best=_by_itself)
+_STORE = _Backend("triton", ("triton",), cuda=True, dtypes=_NARROW, max_dim=256, grad=False, best=_by_itself)
 
 # In the order in which `auto` tries them; the reference comes last.
 _BACKENDS: dict[str, tuple[_Backend, ...]] = {
     "gated_delta_rule": (_FLA, _TORCH, _REFERENCE),
     "ssd": (_FLA, _TORCH, _REFERENCE),
-    "causal_conv": (_TORCH, _REFERENCE),
+    "causal_conv": (_CONV, _TORCH, _REFERENCE),
     "attention": (_FLASH, _FLEX, _SDPA, _TORCH, _REFERENCE),
+    "rotary": (_ROTARY, _TORCH, _REFERENCE),
     "ring_attention": (_STEP, _TORCH, _REFERENCE),
+    "store_in_slots": (_STORE, _TORCH, _REFERENCE),
     "gated_delta_net_step": (_STEP, _TORCH, _REFERENCE),
     "mamba2_step": (_STEP, _TORCH, _REFERENCE),
+    "rms_norm": (_PLAIN_NORM, _TORCH, _REFERENCE),
     "gated_rms_norm": (_NORM, _TORCH, _REFERENCE),
 }
 
@@ -145,6 +160,8 @@ def resolve_backend(
     best for such tensors.
     Raises ConfigError, saying why, when the explicit choice is unknown or unusable.
     """
+    if requested == "auto" and device.type == "cpu" and ENVIRONMENT not in os.environ:
+        return "torch"  # as the search below would find, but at once: small layers ask often
     work = _Workload(device, dtype, key_dim, value_dim, tokens, grad, packed, windowed, masked)
     if requested != "auto":
         return _explicit(op, requested, work, f"{op}: backend")
@@ -159,9 +176,13 @@ def backend_names(*ops: str) -> tuple[str, ...]:
     return ("auto", *sorted({backend.name for op in ops for backend in _BACKENDS[op]}))
 
 
-def backend_or_auto(op: str, name: str) -> str:
-    """A mixer's choice as the `backend` of one of its operators: "auto" when that operator has no such backend."""
-    return name if name in backend_names(op) else "auto"
+def backend_or_auto(op: str, name: str, grad: bool = False, packed: bool = False) -> str:
+    """A mixer's choice as the `backend` of one of its operators: "auto" when that operator has no such backend, or one
+    that cannot record the gradients or take the packed segments that are there."""
+    if name == "auto":
+        return name
+    fits = any(b.name == name and b.grad >= grad and b.packed >= packed for b in _BACKENDS[op])
+    return name if fits else "auto"
 
 
 def backends_report(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> list[BackendChoice]:

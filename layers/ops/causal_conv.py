@@ -34,10 +34,18 @@ def causal_conv(
     initial_state: (N, D, W), the last W inputs before x, oldest first (its oldest column is never read); zeros if None.
     activation: "silu" or None. cu_seqlens: (N + 1,) boundaries of the segments packed into one row (B = 1).
     Returns y (B, T, D) and the final state (N, D, W), N = B when not packed, both in x's dtype: the state only copies
-    inputs. Sums are taken in float32 (float64 for float64 input). Raises ConfigError naming a misshapen argument.
+    inputs. Sums are taken in float32 (float64 for float64 input). Backends: "reference", "torch", "triton" (CUDA,
+    without gradients and packing). Raises ConfigError naming a misshapen argument.
     """
     _check(x, weight, bias, initial_state, activation, cu_seqlens)
-    chosen = resolve_backend("causal_conv", backend, x.device)
+    needs_grad = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, initial_state)
+    )
+    chosen = resolve_backend("causal_conv", backend, x.device, x.dtype, grad=needs_grad, packed=cu_seqlens is not None)
+    if chosen == "triton":
+        from hybridvl.layers.ops.kernels import triton_conv
+
+        return triton_conv.causal_conv(x, weight, bias, initial_state, activation)
     # A compiler fuses whole sequences itself, and for other devices than a CPU there is no cache to be cut for.
     if chosen == "torch" and x.device.type == "cpu" and not torch.compiler.is_compiling():
         if cu_seqlens is not None and x.numel() < _SHORT * (len(cu_seqlens) - 1):

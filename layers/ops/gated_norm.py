@@ -41,14 +41,24 @@ def gated_rms_norm(
     return blocked_norm(x, gate, weight, eps, groups, gate_first)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, backend: str = "auto") -> Tensor:
     """rmsnorm(x) in x's dtype, times weight (width,): (..., width) in x's dtype.
 
-    rmsnorm(x) is computed in float32 or wider and rounded before it meets the weight, as in Qwen2.5.
+    rmsnorm(x) is computed in float32 or wider and rounded before it meets the weight, as in Qwen2.5. Backends:
+    "reference", "torch", "triton" (CUDA).
     """
-    if _worth_blocks(x):
+    chosen = resolve_backend("rms_norm", backend, x.device, x.dtype, value_dim=weight.shape[0])
+    if chosen == "triton":
+        from hybridvl.layers.ops.kernels import triton_gated_norm
+
+        return triton_gated_norm.gated_rms_norm(x, None, weight, eps, 1, gate_first=False, cast_first=True)
+    if chosen == "torch" and _worth_blocks(x):
         return blocked_norm(x, None, weight, eps, 1, False, cast_first=True)
-    normed = F.rms_norm(x.to(internal_dtype(x)), weight.shape, eps=eps)
+    wide = x.to(internal_dtype(x))
+    if chosen == "reference":
+        normed = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt()
+    else:
+        normed = F.rms_norm(wide, weight.shape, eps=eps)
     return (weight * normed.to(x.dtype)).to(x.dtype)
 
 

@@ -25,6 +25,9 @@ OPS = (
     "gated_delta_net_step",
     "mamba2_step",
     "gated_rms_norm",
+    "rms_norm",
+    "rotary",
+    "store_in_slots",
 )
 ALL = {"auto", "fla", "flash_attn", "flex", "reference", "sdpa", "torch", "triton"}
 BF16 = torch.bfloat16
@@ -62,18 +65,28 @@ def test_installed_fla_is_taken_on_cuda_only() -> None:
     assert resolve_backend("gated_delta_rule", "auto", CPU) == "torch"
     assert resolve_backend("ssd", "auto", CUDA) == "fla"
     assert resolve_backend("ssd", "auto", CPU) == "torch"
-    assert resolve_backend("causal_conv", "auto", CUDA) == "torch"
+    assert resolve_backend("causal_conv", "auto", CUDA, grad=True) == "torch"
 
 
 @pytest.mark.usefixtures("_all_installed")
-def test_kernels_of_our_own_are_taken_where_they_run() -> None:
-    for op in ("ring_attention", "gated_delta_net_step", "mamba2_step"):
+def test_kernels_of_our_own_are_taken_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for op in ("ring_attention", "store_in_slots", "gated_delta_net_step", "mamba2_step"):
         assert resolve_backend(op, "auto", CUDA, BF16, 128) == "triton"
         assert resolve_backend(op, "auto", CPU, BF16, 128) == "torch"
         assert resolve_backend(op, "auto", CUDA, torch.float64, 128) == "torch"
         assert resolve_backend(op, "auto", CUDA, BF16, 128, grad=True) == "torch"
         with pytest.raises(ConfigError, match=f"{op}: backend 'triton' cannot be used: .* no backward pass"):
             resolve_backend(op, "triton", CUDA, BF16, 128, grad=True)
+    for op in ("causal_conv", "rotary", "store_in_slots", "rms_norm"):
+        assert resolve_backend(op, "auto", CUDA, BF16, 128) == "triton"
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.compiler.is_compiling", lambda: True)
+            assert resolve_backend(op, "auto", CUDA, BF16, 128) == "torch"
+    assert resolve_backend("causal_conv", "auto", CUDA, BF16, packed=True) == "torch"
+    with pytest.raises(ConfigError, match=r"causal_conv: backend 'triton' cannot be used: .* no packed segments"):
+        resolve_backend("causal_conv", "triton", CUDA, BF16, packed=True)
+    for op in ("rotary", "rms_norm"):
+        assert resolve_backend(op, "auto", CUDA, BF16, 128, grad=True) == "triton"
     assert resolve_backend("gated_rms_norm", "auto", CUDA, BF16, 4096, grad=True) == "triton"
     assert resolve_backend("gated_rms_norm", "auto", CUDA, BF16, 1 << 15) == "torch"
 

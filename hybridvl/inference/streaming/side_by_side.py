@@ -205,7 +205,7 @@ class SideBySide:
             count = self._play(self._opened_again() if source is None else source)
         except ConfigError as mistake:
             error = str(mistake)
-        except (RuntimeError, MemoryError, OSError, ValueError) as fault:
+        except Exception as fault:  # noqa: BLE001 - whatever it is, a thread would keep it to itself
             # Whoever looks at the stream should know, and may begin anew; where it was is told to who started it.
             error = f"{type(fault).__name__}: {fault}"
             traceback.print_exc()

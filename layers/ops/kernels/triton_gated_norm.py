@@ -1,4 +1,4 @@
-"""The gated RMS norm in one pass over its inputs, forward and backward, in Triton. Not yet run on a GPU."""
+"""The RMS norm, plain and gated, in one pass over its inputs, forward and backward, in Triton. Not yet run on a GPU."""
 
 from __future__ import annotations
 
@@ -16,28 +16,40 @@ from hybridvl.layers.ops.kernels.triton_device import sigmoid
 _TILE = 4096  # numbers a program holds at once
 
 
-def gated_rms_norm(x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, groups: int, gate_first: bool) -> Tensor:
-    """See `layers.ops.gated_norm`; float32 inside, differentiable once."""
-    y: Tensor = _GatedNorm.apply(x, gate, weight, eps, groups, gate_first)
+def gated_rms_norm(
+    x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, groups: int, gate_first: bool, cast_first: bool = False
+) -> Tensor:
+    """See `layers.ops.gated_norm`; float32 inside, differentiable once.
+
+    cast_first: rmsnorm(x) is rounded to x's dtype before it meets the weight (no gate then).
+    """
+    y: Tensor = _GatedNorm.apply(x, gate, weight, eps, groups, gate_first, cast_first)
     return y
 
 
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, groups: int, gate_first: bool
+        ctx: Any,
+        x: Tensor,
+        gate: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        groups: int,
+        gate_first: bool,
+        cast_first: bool,
     ) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         gate = None if gate is None else gate.contiguous()
         ctx.save_for_backward(x, gate, weight)
-        ctx.options = eps, groups, gate_first
+        ctx.options = eps, groups, gate_first, cast_first
         y = torch.empty_like(x)
         rows, group, tile = _sizes(x, groups)
         if rows:
             with on_device(x):
                 _forward[(triton.cdiv(rows, tile[0]), groups)](
-                    x, gate, weight, y, rows, eps, groups * group, group, gate is not None, gate_first, *tile,
-                    num_warps=_warps(tile),
+                    x, gate, weight, y, rows, eps, groups * group, group, gate is not None, gate_first, cast_first,
+                    *tile, num_warps=_warps(tile),
                 )  # fmt: skip
         return y
 
@@ -45,7 +57,7 @@ class _GatedNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, weight = ctx.saved_tensors
-        eps, groups, gate_first = ctx.options
+        eps, groups, gate_first, cast_first = ctx.options
         dx, dgate = torch.empty_like(x), None if gate is None else torch.empty_like(gate)
         rows, group, tile = _sizes(x, groups)
         programs = min(triton.cdiv(rows, tile[0]), 4 * processors(x)) if rows else 0
@@ -54,9 +66,10 @@ class _GatedNorm(torch.autograd.Function):
             with on_device(x):
                 _backward[(programs, groups)](
                     x, gate, weight, dy.contiguous(), dx, dgate, partial,
-                    rows, eps, groups * group, group, gate is not None, gate_first, *tile, num_warps=_warps(tile),
+                    rows, eps, groups * group, group, gate is not None, gate_first, cast_first, *tile,
+                    num_warps=_warps(tile),
                 )  # fmt: skip
-        return dx, dgate, partial.sum(0).to(weight.dtype), None, None, None
+        return dx, dgate, partial.sum(0).to(weight.dtype), None, None, None, None
 
 
 def _sizes(x: Tensor, groups: int) -> tuple[int, int, tuple[int, int]]:
@@ -75,7 +88,7 @@ def _warps(tile: tuple[int, int]) -> int:
 @triton.jit
 def _forward(
     x, gate, weight, y, rows, eps, WIDTH: tl.constexpr, GROUP: tl.constexpr,
-    GATED: tl.constexpr, GATE_FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GATED: tl.constexpr, GATE_FIRST: tl.constexpr, CAST_FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
@@ -88,6 +101,8 @@ def _forward(
         if GATE_FIRST:
             value *= opening
     value *= tl.rsqrt(tl.sum(value * value, 1) / GROUP + eps)[:, None]
+    if CAST_FIRST:
+        value = value.to(y.dtype.element_ty).to(tl.float32)
     value *= tl.load(weight + tl.program_id(1) * GROUP + column, mask=column < GROUP, other=0.0).to(tl.float32)
     if GATED and not GATE_FIRST:
         value *= opening
@@ -97,7 +112,7 @@ def _forward(
 @triton.jit
 def _backward(
     x, gate, weight, dy, dx, dgate, partial, rows, eps, WIDTH: tl.constexpr, GROUP: tl.constexpr,
-    GATED: tl.constexpr, GATE_FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GATED: tl.constexpr, GATE_FIRST: tl.constexpr, CAST_FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Each program takes every num_programs-th block of rows and writes its share of the weight's gradient."""
     column = tl.arange(0, COLUMNS)[None, :]
@@ -120,7 +135,7 @@ def _backward(
                 u = value * opening
         inverse = tl.rsqrt(tl.sum(u * u, 1) / GROUP + eps)[:, None]
         unit = u * inverse
-        product = change * unit
+        product = change * (unit.to(x.dtype.element_ty).to(tl.float32) if CAST_FIRST else unit)
         through = change * scale  # gradient of unit, up to the gate
         if GATED and not GATE_FIRST:
             slope = share * (1.0 + raw * (1.0 - share))

@@ -15,10 +15,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from hybridvl.layers.ops.kernels.triton_conv import causal_conv
 from hybridvl.layers.ops.kernels.triton_gated_norm import gated_rms_norm
 from hybridvl.layers.ops.kernels.triton_gdn_step import gated_delta_net_step
 from hybridvl.layers.ops.kernels.triton_mamba2_step import mamba2_step
 from hybridvl.layers.ops.kernels.triton_ring_attention import _attend
+from hybridvl.layers.ops.kernels.triton_rotary import rotate
+from hybridvl.layers.ops.kernels.triton_slots import store_in_slots
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 * 1024  # that a program on Hopper can have
@@ -96,3 +99,34 @@ def test_ring_attention(compiled: list[str], dtype: torch.dtype, tokens: int, ri
     new = (slots_k[:, :tokens], slots_v[:, :tokens]) if ring else (None, None)
     _attend(q, *new, slots_k, slots_v, torch.tensor([9000]), None, splits)
     assert compiled == ["_partial", "_combine"][: 1 + (splits > 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm(compiled: list[str], dtype: torch.dtype) -> None:
+    x = torch.zeros(256, 2048, dtype=dtype, requires_grad=True)
+    gated_rms_norm(x, None, torch.ones(2048, dtype=dtype), 1e-6, 1, False, cast_first=True).sum().backward()
+    assert compiled == ["_forward", "_backward"]
+
+
+@pytest.mark.parametrize(
+    ("heads", "dim", "table"), [(16, 128, torch.bfloat16), (2, 128, torch.float32), (16, 80, torch.float32)]
+)
+def test_rotary(compiled: list[str], heads: int, dim: int, table: torch.dtype) -> None:
+    tables = torch.zeros(1, 256, dim, dtype=table), torch.zeros(1, 256, dim, dtype=table)
+    rotate(torch.zeros(1, 256, heads, dim, dtype=torch.bfloat16), *tables)
+    assert compiled == ["_rotate"]
+
+
+@pytest.mark.parametrize("tokens", [1, 256])
+def test_slots(compiled: list[str], tokens: int) -> None:
+    k = torch.zeros(1, tokens, 2, 128, dtype=torch.bfloat16)
+    cache = torch.zeros(1, 2, 8192, 128, dtype=torch.bfloat16).transpose(1, 2)
+    store_in_slots(k, k, cache, cache, torch.tensor([9000]), torch.tensor([tokens]))
+    assert compiled == ["_store"]
+
+
+@pytest.mark.parametrize(("carried", "biased"), [(True, False), (False, True)])
+def test_conv(compiled: list[str], carried: bool, biased: bool) -> None:
+    x = torch.zeros(1, 256, 4096, dtype=torch.bfloat16)
+    causal_conv(x, x[0, :4].T, x[0, 0] if biased else None, x[:, :4].mT if carried else None, "silu")
+    assert compiled == ["_convolve"]

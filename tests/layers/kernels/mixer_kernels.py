@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_support import assert_near, poisoned
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 from hybridvl.layers import MIXERS, Sequence
 from hybridvl.testing.operators import check_backends
@@ -18,9 +19,33 @@ OPTIONS = {
 }
 
 
+LAUNCHED = {
+    "gdn": {"_convolve", "_rule", "_finish", "_forward"},
+    "mamba2": {"_convolve", "_scan", "_finish", "_forward"},
+    "swa": {"_rotate", "_store", "_partial"},
+    "full": {"_rotate", "_store", "_partial"},
+}
+
+
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that are launched from now on."""
+    names: list[str] = []
+    run = InterpretedFunction.run
+
+    def counted(self: InterpretedFunction, *values: object, **options: object) -> object:
+        names.append(self.fn.__name__)
+        return run(self, *values, **options)
+
+    monkeypatch.setattr(InterpretedFunction, "run", counted)
+    return names
+
+
 def test_every_operator_reaches_its_kernel() -> None:
     checks = [check for check in check_backends("cpu") if check.backend == "triton"]
-    assert {check.op for check in checks} == {"ring_attention", "gated_delta_net_step", "mamba2_step", "gated_rms_norm"}
+    assert {check.op for check in checks} == {
+        *("causal_conv", "rotary", "ring_attention", "store_in_slots"),
+        *("gated_delta_net_step", "mamba2_step", "rms_norm", "gated_rms_norm"),
+    }
     for check in checks:
         assert check.passed, check
         assert check.error is not None
@@ -29,7 +54,7 @@ def test_every_operator_reaches_its_kernel() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_mixers(name: str) -> None:
+def test_mixers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ragged rows, the second one padded, then two tokens one by one."""
     torch.manual_seed(0)
     mixers = {
@@ -51,4 +76,21 @@ def test_mixers(name: str) -> None:
                 outputs.append(mixer(x.to(dtype), sequence, state))
         return [*outputs, *(x for x in state.tensors().values() if x.is_floating_point())]
 
-    assert_near(run(mixers["triton"], torch.float32), run(mixers["reference"], torch.float64), 1e-5)
+    right = run(mixers["reference"], torch.float64)
+    launched = launches(monkeypatch)
+    monkeypatch.setenv("HYBRIDVL_BACKEND", "rotary=triton,store_in_slots=triton,gated_rms_norm=triton")
+    assert_near(run(mixers["triton"], torch.float32), right, 1e-5)
+    assert set(launched) == LAUNCHED[name]
+
+
+@pytest.mark.parametrize("name", ["gdn", "mamba2"])
+def test_training_passes_by_kernels_without_a_backward_pass(name: str) -> None:
+    torch.manual_seed(0)
+    weights, gradients = MIXERS[name](**OPTIONS[name]).build(24).state_dict(), []
+    for backend, dtype in (("reference", torch.float64), ("triton", torch.float32)):
+        mixer = MIXERS[name](**OPTIONS[name], backend=backend).build(24)
+        mixer.load_state_dict(weights)
+        x = torch.linspace(-1, 1, 9 * 24).view(1, 9, 24).to(dtype).requires_grad_()
+        y = mixer.to(dtype)(x, Sequence(cu_seqlens=torch.tensor([0, 4, 9])))
+        gradients.append([y, *torch.autograd.grad(y.square().sum(), [x, *mixer.parameters()])])
+    assert_near(gradients[1], gradients[0], 2e-5)
