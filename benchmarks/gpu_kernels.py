@@ -19,6 +19,7 @@ from hybridvl.layers.ops.gdn_step import gated_delta_net_step
 from hybridvl.layers.ops.mamba2_step import mamba2_step
 from hybridvl.layers.ops.ring_attention import cached_attention, ring_attention
 from hybridvl.layers.ops.slots import store_in_slots
+from hybridvl.layers.ops.swiglu import swiglu
 from hybridvl.layers.rotary import apply_rotary, rotary_table
 
 Run = Callable[[], list[Tensor]]
@@ -90,6 +91,7 @@ def cases(sizes: Sizes, device: str, dtype: torch.dtype) -> Iterator[Case]:
     yield _frame_rotary(sizes, draw)
     yield _frame_convolution(sizes, draw)
     yield _frame_norm(sizes, draw)
+    yield _frame_gate(sizes, draw)
     yield from (_norm(sizes, draw, backward) for backward in (False, True))
     yield from (_delta_rule(sizes, draw, backward) for backward in (False, True))
     yield _ssd(sizes, draw)
@@ -257,6 +259,13 @@ def _frame_norm(sizes: Sizes, draw: Draw) -> Case:
     runs = _backends("rms_norm", lambda name: [rms_norm(x, weight, 1e-6, name)])
     right = lambda: [rms_norm(x.double(), weight.double(), 1e-6, "reference")]  # noqa: E731
     return Case("norm of a frame", runs, right, nbytes=2 * x.nbytes, graph=True)
+
+
+def _frame_gate(sizes: Sizes, draw: Draw) -> Case:
+    gate, up = draw(1, sizes.frame, 5 * sizes.width), draw(1, sizes.frame, 5 * sizes.width)
+    runs = _backends("swiglu", lambda name: [swiglu(gate, up, name)])
+    right = lambda: [swiglu(gate.double(), up.double(), "reference")]  # noqa: E731
+    return Case("gate of a frame's MLP", runs, right, nbytes=3 * up.nbytes, graph=True)
 
 
 def _keeper(states: list[Tensor]) -> Callable[[], object]:

@@ -20,6 +20,7 @@ from hybridvl.layers.ops.gdn_step import gated_delta_net_step
 from hybridvl.layers.ops.mamba2_step import mamba2_step
 from hybridvl.layers.ops.ring_attention import cached_attention, ring_attention
 from hybridvl.layers.ops.slots import store_in_slots
+from hybridvl.layers.ops.swiglu import swiglu
 from hybridvl.layers.rotary import apply_rotary, rotary_table
 
 Run = Callable[[str], list[Tensor]]
@@ -30,7 +31,7 @@ TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 4e-2}
 """Largest error relative to the largest value: a wrong kernel is off by far more, TF32 on a GPU by less."""
 
 
-FORWARD_ONLY = frozenset({("causal_conv", "triton")})
+FORWARD_ONLY = frozenset({("causal_conv", "triton"), ("swiglu", "triton")})
 """Backends without a backward pass, of operators whose gradients are checked."""
 
 
@@ -113,10 +114,13 @@ def _recurrences(draw: _Draw) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return draw(*sizes, 64), draw(*sizes, 64), draw(*sizes, 64), draw(*sizes), draw(*sizes)
 
 
-def _with_gradients(run: Run, *leaves: Tensor) -> Run:
-    """The outputs and the gradients of the leaves, of the sum of the outputs' squares."""
+def _with_gradients(op: str, run: Run, *leaves: Tensor) -> Run:
+    """The outputs and, where a backend has them, the gradients of the leaves, of the sum of the outputs' squares."""
 
     def both(backend: str) -> list[Tensor]:
+        if (op, backend) in FORWARD_ONLY:
+            with torch.no_grad():
+                return run(backend)
         with torch.enable_grad():
             outputs = run(backend)
             total = torch.stack([output.double().square().sum() for output in outputs]).sum()
@@ -130,7 +134,7 @@ def _with_gradients(run: Run, *leaves: Tensor) -> Run:
 
 def _attention(draw: _Draw) -> Run:
     q, k, v, _, _ = _recurrences(draw)
-    return _with_gradients(lambda backend: [attention(q, k, v, window=16, backend=backend)], q, k, v)
+    return _with_gradients("attention", lambda backend: [attention(q, k, v, window=16, backend=backend)], q, k, v)
 
 
 def _ring_attention(draw: _Draw) -> Run:
@@ -150,7 +154,7 @@ def _rotary(draw: _Draw) -> Run:
     x, _, _, _, _ = _recurrences(draw)
     positions = torch.arange(x.shape[1], device=x.device).expand(2, -1)
     cos, sin = rotary_table(positions, x.shape[3], dtype=torch.promote_types(x.dtype, torch.float32))
-    return _with_gradients(lambda backend: [apply_rotary(x, cos, sin, backend)], x)
+    return _with_gradients("rotary", lambda backend: [apply_rotary(x, cos, sin, backend)], x)
 
 
 def _store_in_slots(draw: _Draw) -> Run:
@@ -171,7 +175,7 @@ def _gated_delta_rule(draw: _Draw) -> Run:
     def run(backend: str) -> list[Tensor]:
         return list(gated_delta_rule(q, k, v, F.logsigmoid(a), b.sigmoid(), qk_l2norm=True, backend=backend))
 
-    return _with_gradients(run, q, k, v, a, b)
+    return _with_gradients("gated_delta_rule", run, q, k, v, a, b)
 
 
 def _ssd(draw: _Draw) -> Run:
@@ -180,7 +184,7 @@ def _ssd(draw: _Draw) -> Run:
     def run(backend: str) -> list[Tensor]:
         return list(ssd(x, F.softplus(a), -rates[0, 0].exp(), b, c, backend=backend))
 
-    return _with_gradients(run, x, a, rates, b, c)
+    return _with_gradients("ssd", run, x, a, rates, b, c)
 
 
 def _causal_conv(draw: _Draw) -> Run:
@@ -189,13 +193,17 @@ def _causal_conv(draw: _Draw) -> Run:
     def run(backend: str) -> list[Tensor]:
         return list(causal_conv(x, weight, bias, state, backend=backend))
 
-    both = _with_gradients(run, x, weight, bias)
-    return lambda backend: torch.no_grad()(run)(backend) if ("causal_conv", backend) in FORWARD_ONLY else both(backend)
+    return _with_gradients("causal_conv", run, x, weight, bias)
+
+
+def _swiglu(draw: _Draw) -> Run:
+    gate, up = draw(5, 750), draw(5, 750)
+    return _with_gradients("swiglu", lambda backend: [swiglu(gate, up, backend)], gate, up)
 
 
 def _rms_norm(draw: _Draw) -> Run:
     x, weight = draw(5, 75), draw(75)
-    return _with_gradients(lambda backend: [rms_norm(x, weight, 1e-5, backend)], x, weight)
+    return _with_gradients("rms_norm", lambda backend: [rms_norm(x, weight, 1e-5, backend)], x, weight)
 
 
 def _gated_rms_norm(draw: _Draw) -> Run:
@@ -204,7 +212,7 @@ def _gated_rms_norm(draw: _Draw) -> Run:
     def run(backend: str) -> list[Tensor]:
         return [gated_rms_norm(x, gate, weight, 1e-5, groups=3, backend=backend)]
 
-    return _with_gradients(run, x, gate, weight)
+    return _with_gradients("gated_rms_norm", run, x, gate, weight)
 
 
 def _gated_delta_net_step(draw: _Draw) -> Run:
@@ -250,6 +258,7 @@ _RUNS: dict[str, Callable[[_Draw], Run]] = {
     "causal_conv": _causal_conv,
     "rotary": _rotary,
     "store_in_slots": _store_in_slots,
+    "swiglu": _swiglu,
     "rms_norm": _rms_norm,
     "gated_rms_norm": _gated_rms_norm,
     "gated_delta_net_step": _gated_delta_net_step,

@@ -119,6 +119,7 @@ _NORM = _Backend("triton", ("triton",), cuda=True, dtypes=_NARROW, max_dim=16384
 _STEP = _Backend("triton", ("triton",), cuda=True, dtypes=_NARROW, max_dim=256, grad=False, best=_on_cuda)
 _CONV = _Backend("triton", ("triton",), cuda=True, dtypes=_NARROW, grad=False, packed=False, best=_by_itself)
 _ROTARY = _Backend("triton", ("triton",), cuda=True, dtypes=_NARROW, max_dim=256, best=_by_itself)
+_GATE = _Backend("triton", ("triton",), cuda=True, dtypes=_NARROW, grad=False, best=_by_itself)
 _PLAIN_NORM = _Backend("triton", ("triton",), cuda=True, dtypes=_NARROW, max_dim=16384, best=_by_itself)
 _STORE = _Backend("triton", ("triton",), cuda=True, dtypes=_NARROW, max_dim=256, grad=False, best=_by_itself)
 
@@ -133,6 +134,7 @@ _BACKENDS: dict[str, tuple[_Backend, ...]] = {
     "store_in_slots": (_STORE, _TORCH, _REFERENCE),
     "gated_delta_net_step": (_STEP, _TORCH, _REFERENCE),
     "mamba2_step": (_STEP, _TORCH, _REFERENCE),
+    "swiglu": (_GATE, _TORCH, _REFERENCE),
     "rms_norm": (_PLAIN_NORM, _TORCH, _REFERENCE),
     "gated_rms_norm": (_NORM, _TORCH, _REFERENCE),
 }

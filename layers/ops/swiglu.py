@@ -10,16 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hybridvl.layers.ops.backend import resolve_backend
+
 _BLOCK = 1 << 18  # numbers in a block: temporaries of this size are recycled, larger ones come as fresh pages
 _FRESH = 1 << 25  # bytes from which a C library maps and unmaps memory at every use
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) up, both (..., D) of one dtype, in which everything is computed and rounded (arXiv 2002.05202)."""
+def swiglu(gate: Tensor, up: Tensor, backend: str = "auto") -> Tensor:
+    """silu(gate) up, both (..., D) of one dtype, in which everything is computed and rounded (arXiv 2002.05202).
+
+    Backends: "reference", "torch", "triton" (CUDA, without gradients, for tensors of one shape and dtype).
+    """
     same = gate.dtype == up.dtype and gate.shape == up.shape
+    needs_grad = torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad)
+    chosen = resolve_backend("swiglu", backend, gate.device, gate.dtype, grad=needs_grad)
+    if chosen == "triton" and same:
+        from hybridvl.layers.ops.kernels import triton_swiglu
+
+        return triton_swiglu.swiglu(gate, up)
     # Half-precision SiLU is slow to compute again, so there only temporaries that are fresh pages each time cost more.
     large = gate.numel() >= _BLOCK if gate.dtype.itemsize >= 4 else gate.nbytes >= _FRESH
-    if same and large and gate.device.type == "cpu" and not torch.compiler.is_compiling():
+    if chosen == "torch" and same and large and gate.device.type == "cpu" and not torch.compiler.is_compiling():
         y: Tensor = _BlockedSwiGLU.apply(gate, up)
         return y
     return F.silu(gate) * up

@@ -28,6 +28,7 @@ OPS = (
     "rms_norm",
     "rotary",
     "store_in_slots",
+    "swiglu",
 )
 ALL = {"auto", "fla", "flash_attn", "flex", "reference", "sdpa", "torch", "triton"}
 BF16 = torch.bfloat16
@@ -77,7 +78,7 @@ def test_kernels_of_our_own_are_taken_where_they_run(monkeypatch: pytest.MonkeyP
         assert resolve_backend(op, "auto", CUDA, BF16, 128, grad=True) == "torch"
         with pytest.raises(ConfigError, match=f"{op}: backend 'triton' cannot be used: .* no backward pass"):
             resolve_backend(op, "triton", CUDA, BF16, 128, grad=True)
-    for op in ("causal_conv", "rotary", "store_in_slots", "rms_norm"):
+    for op in ("causal_conv", "rotary", "store_in_slots", "swiglu", "rms_norm"):
         assert resolve_backend(op, "auto", CUDA, BF16, 128) == "triton"
         with monkeypatch.context() as patch:
             patch.setattr("torch.compiler.is_compiling", lambda: True)

@@ -22,6 +22,7 @@ from hybridvl.layers.ops.kernels.triton_mamba2_step import mamba2_step
 from hybridvl.layers.ops.kernels.triton_ring_attention import _attend
 from hybridvl.layers.ops.kernels.triton_rotary import rotate
 from hybridvl.layers.ops.kernels.triton_slots import store_in_slots
+from hybridvl.layers.ops.kernels.triton_swiglu import swiglu
 
 HOPPER = GPUTarget("cuda", 90, 32)
 SHARED_BYTES = 227 * 1024  # that a program on Hopper can have
@@ -130,3 +131,9 @@ def test_conv(compiled: list[str], carried: bool, biased: bool) -> None:
     x = torch.zeros(1, 256, 4096, dtype=torch.bfloat16)
     causal_conv(x, x[0, :4].T, x[0, 0] if biased else None, x[:, :4].mT if carried else None, "silu")
     assert compiled == ["_convolve"]
+
+
+def test_swiglu(compiled: list[str]) -> None:
+    x = torch.zeros(1, 256, 11008, dtype=torch.bfloat16)
+    swiglu(x, x)
+    assert compiled == ["_gate"]

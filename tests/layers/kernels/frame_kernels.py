@@ -1,4 +1,4 @@
-"""The kernels of frames in Triton's interpreter: rotary, slots of a cache and the short convolution."""
+"""The kernels of frames in Triton's interpreter: rotary, slots of a cache, the short convolution, an MLP's gate."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hybridvl.layers.ops.causal_conv import causal_conv
 from hybridvl.layers.ops.slots import store_in_slots
+from hybridvl.layers.ops.swiglu import swiglu
 from hybridvl.layers.rotary import apply_rotary, rotary_table
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -95,3 +96,16 @@ def test_conv(
     if tokens:
         assert_near([found], [y], 1e-6 if dtype == F32 else 1e-2)
     assert found.shape == y.shape
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (3, 500), (2, 3, 400), (0, 8)])
+def test_swiglu(shape: tuple[int, ...]) -> None:
+    """In float16: the interpreter cuts numbers off where a GPU rounds them to bfloat16."""
+    gate, up = draw(*shape, 2, dtype=F32).half().unbind(-1)
+    with poisoned():
+        found = swiglu(gate, up, "triton")
+    assert torch.equal(found, (gate.double() * gate.double().sigmoid()).half() * up)
+    wide = gate.float(), up.float()
+    if found.numel():
+        right = [x.double() for x in wide]
+        assert_near([swiglu(*wide, "triton")], [swiglu(*right, "reference")], 3e-7)

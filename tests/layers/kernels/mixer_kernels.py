@@ -44,7 +44,7 @@ def test_every_operator_reaches_its_kernel() -> None:
     checks = [check for check in check_backends("cpu") if check.backend == "triton"]
     assert {check.op for check in checks} == {
         *("causal_conv", "rotary", "ring_attention", "store_in_slots"),
-        *("gated_delta_net_step", "mamba2_step", "rms_norm", "gated_rms_norm"),
+        *("gated_delta_net_step", "mamba2_step", "swiglu", "rms_norm", "gated_rms_norm"),
     }
     for check in checks:
         assert check.passed, check
