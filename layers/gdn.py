@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +65,8 @@ class GatedDeltaNetConfig(MixerConfig):
         expect(self, "dt_max", self.dt_max >= self.dt_min, f"at least dt_min = {self.dt_min}")
         shared = self.value_heads is None or (self.value_heads > 0 and self.value_heads % self.heads == 0)
         expect(self, "value_heads", shared, f"a multiple of heads = {self.heads}, or null")
-        whole = float(self.head_dim * self.expand_v).is_integer()
+        # 15 / 11 * 11 is not 15 when the quotient has been rounded.
+        whole = self.value_dim >= 1 and math.isclose(self.head_dim * self.expand_v, self.value_dim, rel_tol=1e-12)
         expect(self, "expand_v", whole, f"a number that gives whole value dims with head_dim = {self.head_dim}")
         names = backend_names("gated_delta_rule", "gated_delta_net_step")
         expect(self, "backend", self.backend in names, f"one of {', '.join(names)}")
@@ -81,7 +83,7 @@ class GatedDeltaNetConfig(MixerConfig):
     @property
     def value_dim(self) -> int:
         """V, per head."""
-        return int(self.head_dim * self.expand_v)
+        return round(self.head_dim * self.expand_v)
 
     @property
     def key_width(self) -> int:

@@ -142,27 +142,32 @@ class ImageProcessor:
         Rows run over (t, h / merge, w / merge, merge, merge), columns over (channel, frame, y, x). The last frame is
         repeated up to a multiple of the temporal patch size.
         """
-        config = self.config
-        missing = -len(frames) % config.temporal_patch_size
-        if missing:
-            frames = np.concatenate([frames, np.repeat(frames[-1:], missing, axis=0)])
-        count, height, width, channels = frames.shape
-        grid = (count // config.temporal_patch_size, height // config.patch_size, width // config.patch_size)
-        normalised = self._table[frames, np.arange(channels)]  # (F, H, W, C)
-        cut = normalised.reshape(
-            *(grid[0], config.temporal_patch_size),
+        config, (count, height, width, channels) = self.config, frames.shape
+        steps = -(-count // config.temporal_patch_size)
+        grid = (steps, height // config.patch_size, width // config.patch_size)
+        cut = frames.reshape(
+            count,
             *(grid[1] // config.merge_size, config.merge_size, config.patch_size),
             *(grid[2] // config.merge_size, config.merge_size, config.patch_size),
             channels,
         )
-        rows = cut.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7).reshape(math.prod(grid), -1)
-        return torch.from_numpy(np.ascontiguousarray(rows)), grid
+        # Bytes are put in order, not the numbers that they stand for, and a frame that is repeated is looked up once.
+        patches = np.ascontiguousarray(cut.transpose(0, 1, 4, 2, 5, 7, 3, 6)).reshape(
+            count, grid[1] * grid[2], channels, config.patch_size**2
+        )
+        rows = np.empty((grid[0], *patches.shape[1:3], config.temporal_patch_size, patches.shape[3]), np.float32)
+        for channel, table in enumerate(self._tables):
+            normalised = table.take(patches[:, :, channel], mode="clip")  # (F, patches, pixels)
+            for place in range(steps * config.temporal_patch_size):
+                step, frame = divmod(place, config.temporal_patch_size)
+                rows[step, :, channel, frame] = normalised[min(place, count - 1)]
+        return torch.from_numpy(rows.reshape(math.prod(grid), -1)), grid
 
     @cached_property
-    def _table(self) -> NDArray[np.float32]:
-        # Every pixel is one of 256 values, so that normalising is a look-up. (256, C)
+    def _tables(self) -> NDArray[np.float32]:
+        # Every pixel is one of 256 values, so that normalising is a look-up. (C, 256)
         values = np.arange(256, dtype=np.float64)[:, None] / 255
-        return ((values - np.array(self.config.mean)) / np.array(self.config.std)).astype(np.float32)
+        return ((values - np.array(self.config.mean)) / np.array(self.config.std)).astype(np.float32).T.copy()
 
 
 def opaque(image: Image.Image, mode: str = "RGB") -> Image.Image:

@@ -42,6 +42,11 @@ REFUSED = [
         {"head_dim": 5, "expand_v": 1.5},
         "gdn.expand_v = 1.5: expected a number that gives whole value dims with head_dim = 5",
     ),
+    (
+        GatedDeltaNetConfig,
+        {"head_dim": 4, "expand_v": 0.1},
+        "gdn.expand_v = 0.1: expected a number that gives whole value dims with head_dim = 4",
+    ),
     (GatedDeltaNetConfig, {"conv_width": 0}, "gdn.conv_width = 0: expected an integer of at least 1"),
     (GatedDeltaNetConfig, {"norm_eps": float("nan")}, "gdn.norm_eps = nan: expected a number above 0"),
     (
@@ -127,3 +132,10 @@ def test_layers_need_torch_alone() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_ratio_of_whole_dims_is_taken() -> None:
+    """Also where the quotient was rounded: 15 / 11 * 11 is a little less than 15."""
+    for keys in range(1, 65):
+        for values in range(1, 2 * keys + 1):
+            assert GatedDeltaNetConfig(head_dim=keys, expand_v=values / keys).value_dim == values

@@ -19,8 +19,6 @@ def read_delta_net(values: Values, tied: bool, options: dict[str, Any]) -> Model
     """A decoder whose layers are all Gated DeltaNet; `options` are those of the mixer that `values` do not hold."""
     require(values, "hidden_act", "silu")
     key_dim, value_dim = (whole(values, f"linear_{kind}_head_dim") for kind in ("key", "value"))
-    if int(key_dim * (value_dim / key_dim)) != value_dim:
-        raise ConfigError(f"linear_key_head_dim {key_dim}; expected one that divides a multiple of {value_dim}")
     mixer = {
         "heads": whole(values, "linear_num_key_heads"),
         "value_heads": whole(values, "linear_num_value_heads"),
