@@ -19,7 +19,7 @@ from hybridvl.models.vlm import VisionLanguageModel
 def encode_steps(runner: StepRunner, steps: Sequence[FrameStep]) -> list[Tensor]:
     """Features (tokens, D) of each step, by one call of the vision tower."""
     device, merge = runner.model.lm_head_weight.device, merge_size(runner.model)
-    rows = torch.cat([step.rows for step in steps]).to(device)
+    rows = (steps[0].rows if len(steps) == 1 else torch.cat([step.rows for step in steps])).to(device)
     grids = torch.tensor([step.grid for step in steps])
     return list(runner.encode(rows, grids).split([step.grid[1] * step.grid[2] // merge**2 for step in steps]))
 
