@@ -7,13 +7,16 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from hybridvl.cli.arguments import Arguments
 from hybridvl.testing.operators import BackendCheck, check_backends
 from hybridvl.training.versions import versions
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,7 +54,6 @@ def _machine() -> dict[str, Any]:
 
 def _print(machine: dict[str, Any], checks: Sequence[BackendCheck]) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     console = Console()
@@ -59,10 +61,24 @@ def _print(machine: dict[str, Any], checks: Sequence[BackendCheck]) -> None:
     for name, value in {**versions(), **machine}.items():
         about.add_row(name, ", ".join(value) or "none" if isinstance(value, list) else str(value))
     console.print(about)
-    table = Table("device", "operator", "backend", "auto", "dtype", "error", "", title="operator backends")
+    for device in dict.fromkeys(check.device for check in checks):
+        console.print(_table([check for check in checks if check.device == device], device))
+
+
+def _table(checks: Sequence[BackendCheck], device: str) -> Table:
+    """The backends of every operator on one device, the one that `auto` takes with a star."""
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Column, Table
+
+    whole = [Column(name, no_wrap=True) for name in ("operator", "backend", "dtype", "error")]
+    title = f"operator backends on {device}; * auto takes it"
+    table = Table(*whole, Column("", overflow="fold"), title=title, box=SIMPLE_HEAD, padding=(0, 1))
+    before = ""
     for check in checks:
         error = "" if check.error is None else f"{check.error:.1e}"
         verdict = escape(check.reason) if check.passed else f"[bold red]{escape(check.reason) or 'WRONG'}[/]"
-        row = (check.device, check.op, check.backend, "*" if check.chosen else "", check.dtype or "", error)
-        table.add_row(*row, verdict or "ok")
-    console.print(table)
+        name = f"{check.backend} *" if check.chosen else check.backend
+        table.add_row("" if check.op == before else check.op, name, check.dtype or "", error, verdict or "ok")
+        before = check.op
+    return table
