@@ -37,7 +37,9 @@ def run_on_ray(work: Work, at_a_time: int | None, cores: int) -> Engine:
     try:
         import ray
     except ModuleNotFoundError as error:
-        raise ConfigError("--engine ray: Ray Tune is not installed; pip install 'hybridvl[ray]'") from error
+        raise ConfigError(
+            '--engine ray: Ray Tune is not installed; pip install -c constraints.txt -e ".[ray]"'
+        ) from error
     onlooker = Onlooker(work, work.folder / _FOLDER)
     share = onlooker.share
     if not share.runs:

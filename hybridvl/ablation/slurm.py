@@ -45,7 +45,9 @@ def run_on_slurm(work: Work, jobs: int, settings: Mapping[str, Any], search: Stu
     try:
         import submitit
     except ModuleNotFoundError as error:
-        raise ConfigError("--engine slurm: submitit is not installed; pip install 'hybridvl[slurm]'") from error
+        raise ConfigError(
+            '--engine slurm: submitit is not installed; pip install -c constraints.txt -e ".[slurm]"'
+        ) from error
 
     class Share(submitit.helpers.Checkpointable):
         """A requeued job does the same: what is done by then is not done again."""

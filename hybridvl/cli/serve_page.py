@@ -54,7 +54,7 @@ def require_gradio() -> Any:
     try:
         return importlib.import_module("gradio")
     except ModuleNotFoundError as error:
-        raise ConfigError('serve: gradio is not installed; pip install "hybridvl[serve]"') from error
+        raise ConfigError('serve: gradio is not installed; pip install -c constraints.txt -e ".[serve]"') from error
 
 
 def free_port(host: str, port: int) -> int:

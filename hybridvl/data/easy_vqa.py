@@ -186,7 +186,7 @@ def _load(part: str) -> tuple[dict[int, str], dict[int, list[Question]]]:
     except ImportError as error:
         raise ConfigError(
             "data.task: EasyVQA needs the package easy-vqa, which is not installed; "
-            "install it with: pip install 'hybridvl[demo]'"
+            'install it with: pip install -c constraints.txt -e ".[demo]"'
         ) from error
     if part == "test":
         paths, columns = easy_vqa.get_test_image_paths(), easy_vqa.get_test_questions()

@@ -117,7 +117,7 @@ def test_kinds_follow_from_the_answer():
 def test_a_missing_package_says_how_to_install_it(monkeypatch):
     easy_vqa._load.cache_clear()
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
-    with pytest.raises(ConfigError, match=r"pip install 'hybridvl\[demo\]'"):
+    with pytest.raises(ConfigError, match=r'pip install -c constraints.txt -e "\.\[demo\]"'):
         EasyVQA().source("train", 0)
     easy_vqa._load.cache_clear()
 

@@ -1,4 +1,4 @@
-"""docs/stream.md runs as it stands, and knows every flag of the command."""
+"""docs/stream.md runs as it stands, and knows every flag of the command; so does what docs/serve.md has in Python."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from streaming_cases import stream_model, stream_processor
+from video_cases import write_video
 
+import hybridvl
 from hybridvl.cli import main
+from hybridvl.data.sources.interrupts import Interrupt
 from hybridvl.inference.streaming import StreamingSession
 
-PAGE = (Path(__file__).parents[2] / "docs" / "stream.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+DOCS = Path(__file__).parents[2] / "docs"
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGE = (DOCS / "stream.md").read_text(encoding="utf-8")
+BLOCKS = BLOCK.findall(PAGE)
 
 
 def without_rates(text: str) -> str:
@@ -48,6 +54,25 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert list(names["pool"].sessions) == [1]
     assert fork.timeline.text == "The end."
     assert names["session"].timeline.frames == 0
+
+
+def test_what_the_page_of_serve_has_in_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    hybridvl.save(stream_model(), "InfiniteVL")
+    stream_processor().save("InfiniteVL")
+    write_video("street.mp4", frames=48)
+    blocks = BLOCK.findall((DOCS / "serve.md").read_text(encoding="utf-8"))
+    (text,) = (text for kind, text in blocks if kind == "python")
+    names: dict[str, Any] = {}
+    exec(compile(text, "serve.md", "exec"), names)
+    assert re.fullmatch(r".* \([\d.]+ ms a frame\)\n", capsys.readouterr().out, re.DOTALL)
+    (side,) = names["both"].view.sides
+    assert (side.name, side.frames >= 8) == ("ours", True)
+    # As the stream calls it to begin anew.
+    with names["opening"](Interrupt()) as source:
+        assert [frame.time for frame in source] == [number / 2 for number in range(12)]
 
 
 def test_every_flag_is_there(capsys: pytest.CaptureFixture[str]) -> None:
