@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from hybridvl.checkpoints import load
 from hybridvl.cli.arguments import Arguments
@@ -34,6 +36,12 @@ _CUE = re.compile(r"(?P<time>start|end|[0-9]+(?:\.[0-9]+)?)s?:(?P<text>.*)", re.
 def main(argv: Sequence[str]) -> int:
     """Show the source in `argv` to a model; returns the exit status."""
     options = _parser().parse_args(argv)
+    with _sigterm_as_ctrl_c():
+        _show(options)
+    return 0
+
+
+def _show(options: argparse.Namespace) -> None:
     require_output()
     cues = [
         *(_cue("--say", text, asks=False) for text in options.say),
@@ -70,7 +78,19 @@ def main(argv: Sequence[str]) -> int:
                 session.save(keep)
                 if not options.quiet and sys.stderr is not None:
                     print(f"state        {keep}", file=sys.stderr)
-    return 0
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """So that what ends a service or a job keeps the stream, too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _session(options: argparse.Namespace, runner: StepGraphs, processor: Processor) -> StreamingSession:

@@ -235,16 +235,18 @@ class Show:
 
 @contextmanager
 def _undivided() -> Iterator[None]:
-    """Ctrl-C comes when a frame is in the state, in all layers of it, and not before."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield
-        return
+    """Ctrl-C and SIGTERM, where they are handled, come when a frame is in the state, in all layers of it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handled = {number: handler for number, handler in before.items() if callable(handler)}
+    if threading.current_thread() is not threading.main_thread():
+        handled = {}
     came: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: came.append((number, frame)))
+    for number in handled:
+        signal.signal(number, lambda number, frame: came.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in handled.items():
+            signal.signal(number, handler)
         if came:
-            before(*came[0])
+            handled[signal.Signals(came[0][0])](*came[0])
