@@ -94,6 +94,7 @@ def measure_streams(
     return report
 
 
+@torch.no_grad()
 def wrap_checks(model: VisionLanguageModel, tokens: int, steps: int) -> list[dict[str, Any]]:
     """How far recorded steps are from steps by themselves, from before a window is full until after it has begun anew:
     by norm, the worst of outputs and of all tensors of the state, of keys and values the worst token; counters that

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from traced_steps import TraceRecorder
 
+from hybridvl.inference.graphs import StepGraphs
 from hybridvl.models.config import ModelConfig, VisionConfig
 from hybridvl.models.vlm import VisionLanguageModel
 
@@ -92,3 +94,32 @@ def test_the_measured_model_has_infinitevls_parameters(monkeypatch: pytest.Monke
     assert sizes.config == ModelConfig(vision=VisionConfig())
     with torch.device("meta"):
         assert VisionLanguageModel(sizes.config).num_params == sizes.parameters
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_recorded_steps_that_compute_otherwise_are_told(reads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps whose recording reads a length on the host go on with that length, as a graph would."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import gpu_streams
+    from gpu_models import Clock, ModelSizes, measured_model
+
+    sizes, streams = ModelSizes.tiny(), gpu_streams.StreamSizes.tiny()
+    torch.manual_seed(0)
+    model = measured_model(sizes, "cpu", torch.float32)
+    recorders: list[TraceRecorder] = []
+
+    def recorded(model: VisionLanguageModel) -> StepGraphs:
+        recorders.append(TraceRecorder(reads))
+        return StepGraphs(model, recorder=recorders[-1])
+
+    monkeypatch.setattr(gpu_streams, "StepGraphs", recorded)
+    checks = gpu_streams.wrap_checks(model, 16, streams.steps)
+    assert [(recorder.made, recorder.replayed) for recorder in recorders] == [(1, streams.steps - 1)] * 2
+    assert [check["how"] for check in checks] == [gpu_streams.GRAPH] * 2
+    if not reads:
+        assert max(check["error"] for check in checks) < 1e-4
+        return
+    assert min(check["error"] for check in checks) > 0.1
+    report = gpu_streams.measure_streams(model, sizes, streams, "cpu", Clock("cpu", 1))
+    assert [wrong.split(":")[0] for wrong in report["wrong"]] == [check["step"] for check in checks]
+    assert report["records"] == []

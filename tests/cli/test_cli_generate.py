@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from streaming_cases import text
 
 import hybridvl
 from hybridvl.cli import main
@@ -93,10 +94,6 @@ def written(folder: Path, content: list[dict[str, Any]], system: str | None = No
     sampling = Sampling(stop_ids=(processor.stop_id,), **options)
     tokens = model.generate(**inputs, max_new_tokens=12, sampling=sampling)
     return processor.text(tokens[0, inputs["input_ids"].shape[1] :])
-
-
-def text(prompt: str) -> dict[str, str]:
-    return {"type": "text", "text": prompt}
 
 
 def test_pictures_and_clips_in_order(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from streaming_cases import equal_states, stream_model, stream_processor
+from streaming_cases import equal_states, kept, reply, saved_model, session_of
 from video_cases import decode_all, write_video
+from waiting import wait_until
 
 import hybridvl
 from hybridvl.cli import computing, main
@@ -28,31 +28,13 @@ from hybridvl.inference.streaming import StreamingSession
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tmp_path_factory.mktemp("streams") / "model"
-    hybridvl.save(stream_model(), made)
-    stream_processor().save(made)
-    return made
+    return saved_model(tmp_path_factory.mktemp("streams") / "model")
 
 
 @pytest.fixture(scope="module")
 def video(folder: Path) -> Path:
     """12 frames, 4 a second; the processor shows one a second."""
     return write_video(folder.parent / "bars.mp4", frames=12, rate=4)
-
-
-def session_of(folder: Path, frames: list[tuple[np.ndarray, float]], layout: str = "video") -> StreamingSession:
-    session = StreamingSession(hybridvl.load(folder).eval(), Processor.load(folder), layout)
-    for frame, at in frames:
-        session.push(frame, at)
-    return session
-
-
-def reply(session: StreamingSession, question: str, most: int = 5) -> str:
-    return "".join(piece.text for piece in session.ask(question, most))
-
-
-def kept(path: Path, like: StreamingSession) -> StreamingSession:
-    return StreamingSession.load(path, like.model, like.processor)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -72,9 +54,9 @@ def test_replies_log_and_state_are_those_of_a_session(
     session.push(*frames[0])
     session.say("A b.")
     session.push(*frames[1])
-    first = reply(session, "Now?")
+    first = reply(session, "Now?", 5)
     session.push(*frames[2])
-    last = reply(session, "Last?")
+    last = reply(session, "Last?", 5)
     assert equal_states(kept(state, session), session)
     shown = capsys.readouterr()
     assert shown.out == f"[1.0 s] Now?\n{first}\n[2.0 s] Last?\n{last}\n"
@@ -183,13 +165,14 @@ def test_a_source_that_breaks_off_leaves_what_was_shown(
     assert shown.out == f"[{frames[-1][1]:.1f} s] What now?\n{reply(session, 'What now?', 3)}\n"
 
 
-def test_ctrl_c_keeps_the_stream(folder: Path, video: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_keep_the_stream(ending: signal.Signals, folder: Path, video: Path, tmp_path: Path) -> None:
     state, log = tmp_path / "state", tmp_path / "log.jsonl"
     command = [sys.executable, "-m", "hybridvl", "stream", str(video), "--checkpoint", str(folder)]
     command += ["--realtime", "--ask", "0.5:Now?", "--log", str(log), "--save-state", str(state)]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
     wait_until(log.exists)  # the question has been answered; the video goes on for two seconds
-    started.send_signal(signal.SIGINT)
+    started.send_signal(ending)
     _, errors = started.communicate(timeout=60)
     assert started.returncode == 130
     assert errors.splitlines()[-1] == "error: stream interrupted"
@@ -201,13 +184,6 @@ def test_ctrl_c_keeps_the_stream(folder: Path, video: Path, tmp_path: Path) -> N
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def wait_until(condition: Any) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -241,12 +217,13 @@ def test_mistakes(
 def test_threads_and_why_there_are_no_graphs(folder: Path, video: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Where they were asked for; nothing is said where not, and nothing becomes another reply."""
     flags, before = ["stream", str(video), "--checkpoint", str(folder), "--ask", "end:What?"], torch.get_num_threads()
-    told = []
+    told, wanted = [], 1 + before % 2  # another number than before
     try:
-        for more in ([], ["--graphs", "auto"], ["--graphs", "off", "--threads", "1"]):
+        for more in ([], ["--graphs", "auto"], ["--graphs", "off", "--threads", str(wanted)]):
+            assert torch.get_num_threads() == before
             assert main([*flags, *more]) == 0
             told.append(capsys.readouterr())
-        assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == wanted
     finally:
         torch.set_num_threads(before)
     assert len({shown.out for shown in told}) == 1

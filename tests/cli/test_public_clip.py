@@ -7,12 +7,9 @@ from pathlib import Path
 
 import av
 import pytest
-from streaming_cases import equal_states, stream_model, stream_processor
+from streaming_cases import equal_states, kept, reply, saved_model, session_of
 
-import hybridvl
 from hybridvl.cli import main
-from hybridvl.inference import Processor
-from hybridvl.inference.streaming import StreamingSession
 
 EVERY = 60  # frames of the clip, which has 30 a second
 
@@ -25,12 +22,10 @@ def clip() -> Path:
 
 
 def test_a_public_clip_streams_as_it_is_decoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path, folder, state = clip(), tmp_path / "model", tmp_path / "state"
-    hybridvl.save(stream_model(), folder)
-    stream_processor().save(folder)
+    path, folder, state = clip(), saved_model(tmp_path / "model"), tmp_path / "state"
     flags = ["--fps", "0.5", "--max-new-tokens", "5", "--save-state", str(state)]
     assert main(["stream", str(path), "--checkpoint", str(folder), *flags, "--ask", "end:What turns?"]) == 0
-    session = StreamingSession(hybridvl.load(folder).eval(), Processor.load(folder))
+    session = session_of(folder, [])
     sizes = set()
     with av.open(str(path)) as container:
         for number, frame in enumerate(container.decode(video=0)):
@@ -40,8 +35,7 @@ def test_a_public_clip_streams_as_it_is_decoded(tmp_path: Path, capsys: pytest.C
                 session.push(pixels, number / 30)
     assert sizes == {(270, 480, 3)}
     assert session.timeline.frames == 16
-    assert equal_states(StreamingSession.load(state, session.model, session.processor), session)
+    assert equal_states(kept(state, session), session)
     said, told = capsys.readouterr()
-    reply = "".join(piece.text for piece in session.ask("What turns?", 5))
-    assert said == f"[30.0 s] What turns?\n{reply}\n"
+    assert said == f"[30.0 s] What turns?\n{reply(session, 'What turns?', 5)}\n"
     assert told.startswith("16 frames to 30.0 s, ")

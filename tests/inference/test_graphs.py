@@ -63,7 +63,7 @@ def test_recorded_steps_of_rows_with_padding() -> None:
     for number in range(STEPS):
         mask = torch.tensor([[True] * 3, [True, number % 2 == 0, number % 3 == 0]])
         assert pair.frame(3, mask) < TOLERANCE
-    assert recorder.made == 1
+    assert (recorder.made, recorder.replayed, pair.runner.reason) == (1, STEPS - 1, None)
     assert pair.state.length.tolist() == [2 + 3 * STEPS, 2 + STEPS + STEPS // 2 + STEPS // 3]
 
 
@@ -80,10 +80,24 @@ def test_states_are_told_apart_by_where_they_lie() -> None:
 
 
 def test_steps_recorded_in_inference_mode_go_on_outside_of_it() -> None:
-    pair, _ = begun("swa gdn", 1, False)
+    pair, recorder = begun("swa gdn", 1, False)
     with torch.inference_mode():
         inside = [pair.frame(2) for _ in range(4)]
     assert max(*inside, *(pair.frame(2) for _ in range(4))) < TOLERANCE
+    assert (recorder.made, recorder.replayed, pair.runner.reason) == (1, 8, None)
+
+
+def test_states_that_come_and_go_are_told_apart() -> None:
+    """A new one may get the number that Python called a dead one by."""
+    recorder, model = TraceRecorder(), small_model("swa gdn")
+    runner, numbers = StepGraphs(model, recorder=recorder), set()
+    for _ in range(12):
+        pair = Pair(model, runner)
+        numbers.add(id(pair.state))
+        assert max(pair.frame(2) for _ in range(4)) < TOLERANCE
+        del pair
+    assert len(numbers) < 12
+    assert (recorder.made, runner.reason) == (MOST_GRAPHS, None)
 
 
 def test_few_graphs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,8 +125,8 @@ def wide_model() -> VisionLanguageModel:
     return VisionLanguageModel(dataclasses.replace(config, mixers=mixers)).eval()
 
 
-@pytest.mark.parametrize("together", [1, 2])
-def test_a_session_on_recorded_steps_is_the_same_stream(together: int) -> None:
+@pytest.mark.parametrize(("together", "steps"), [(1, 4), (2, 5)])
+def test_a_session_on_recorded_steps_is_the_same_stream(together: int, steps: int) -> None:
     model, recorder = wide_model(), TraceRecorder()
     runner = StepGraphs(model, recorder=recorder)
     session = StreamingSession(model, PROCESSOR, together=together, runner=runner)
@@ -128,13 +142,15 @@ def test_a_session_on_recorded_steps_is_the_same_stream(together: int) -> None:
     for own, other in zip(session.state.tensors().values(), plain.state.tensors().values(), strict=True):
         assert relative_error(own, other) < TOLERANCE
     assert session.timeline.record() == plain.timeline.record()
-    assert made[2:] == [made[2]] * 4  # patches, frames, question and token: each was recorded once
+    # Patches, frames, question and token, and what waits for the second of two frames when it is asked: each was
+    # recorded once.
+    assert made[2:] == [steps] * 4
     assert recorder.replayed > 60
 
 
 def test_replies_take_turns_on_one_copy_of_the_state() -> None:
-    model = wide_model()
-    runner = StepGraphs(model, recorder=TraceRecorder())
+    model, recorder = wide_model(), TraceRecorder()
+    runner = StepGraphs(model, recorder=recorder)
     session = StreamingSession(model, PROCESSOR, runner=runner)
     for frame in frames_of(0, 3):
         session.push(frame)
@@ -148,8 +164,11 @@ def test_replies_take_turns_on_one_copy_of_the_state() -> None:
     assert third.length.data_ptr() == lies
     assert torch.equal(third.length, session.state.length)
     wanted = [piece.text for piece in session.ask("What?", 5)]
+    replayed = recorder.replayed
     one, other = session.ask("What?", 5), session.ask("What?", 5)
     pairs = list(zip(one, other, strict=True))
+    assert recorder.replayed > replayed
+    assert runner.reason is None
     assert [(a.text, b.text) for a, b in pairs] == [(text, text) for text in wanted]
 
 

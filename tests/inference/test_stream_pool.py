@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_cases import relative_error
-from streaming_cases import equal_states, frames_of, stream_model, stream_processor
+from streaming_cases import equal_states, frames_of, out_of_memory, reply, stream_model, stream_processor
 
 from hybridvl.inference.streaming import StreamingSession, StreamPool
 from hybridvl.layers import ConfigError
@@ -62,7 +62,7 @@ def test_streams_of_a_pool_are_what_they_are_alone(events: list, pattern: str, t
             for stream, piece in pool.ask({0: "What?", 2: "A long question, 12?", 1: ""}, 4):
                 texts[stream] += piece.text
             for stream, question in ((0, "What?"), (1, ""), (2, "A long question, 12?")):
-                assert texts[stream] == "".join(piece.text for piece in alone[stream].ask(question, 4))
+                assert texts[stream] == reply(alone[stream], question, 4)
         else:
             pool.close(what)
             assert pool.open() == what
@@ -132,10 +132,6 @@ def test_what_breaks_off_within_the_layers_has_shown_nothing(monkeypatch: pytest
         with pytest.raises(MemoryError):
             pool.push(dict.fromkeys(streams, (frame, 0.0)))
     assert all(equal_states(pool.session(stream), before[stream]) for stream in streams)
-
-
-def out_of_memory(*_: object) -> None:
-    raise MemoryError
 
 
 @pytest.mark.parametrize("wrong", ["time", "frame"])

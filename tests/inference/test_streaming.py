@@ -13,8 +13,10 @@ from streaming_cases import (
     equal_states,
     first_logits,
     frames_of,
+    out_of_memory,
     stream_model,
     stream_processor,
+    text,
 )
 
 from hybridvl.inference import Sampling, stream_replies
@@ -27,10 +29,6 @@ TOLERANCE = 2e-5
 
 def image(frame: np.ndarray) -> dict:
     return {"type": "image", "image": frame}
-
-
-def text(words: str) -> dict:
-    return {"type": "text", "text": words}
 
 
 @pytest.mark.parametrize("convention", ["v457", "v523"])
@@ -216,7 +214,3 @@ def test_a_torn_state_is_not_gone_on_with(monkeypatch: pytest.MonkeyPatch, tmp_p
     session.push(second, 1.0)
     fresh.push(second, 1.0)
     assert equal_states(session, fresh)
-
-
-def out_of_memory(*_: object) -> None:
-    raise MemoryError

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from streaming_cases import equal_states, first_logits, frames_of, stream_model, stream_processor
+from streaming_cases import equal_states, first_logits, frames_of, reply, stream_model, stream_processor
 
 import hybridvl
 from hybridvl.checkpoints.fingerprint import fingerprint
@@ -59,7 +59,7 @@ def test_another_process_goes_on_to_the_last_bit(layout: str, together: int, tmp
     assert done.returncode == 0, done.stderr
     never_stopped = started(layout, together, 7)
     assert equal_states(StreamingSession.load(after, MODEL, PROCESSOR), never_stopped)
-    assert done.stdout == "".join(piece.text for piece in never_stopped.ask("What?", 8))
+    assert done.stdout == reply(never_stopped, "What?", 8)
 
 
 def environment() -> dict[str, str]:
@@ -158,6 +158,8 @@ def test_a_record_that_cannot_be_is_damage(part: str, name: str, value: object, 
     started("video", 2, 3).save(path)
     with safe_open(path, "pt") as file:
         record = json.loads(file.metadata()["stream"])
+    StreamingSession.load(changed(path, tmp_path / "same", stream=json.dumps(record)), MODEL, PROCESSOR)
+    assert record[part].get(name, "nothing") != value
     record[part][name] = value
     wrong = changed(path, tmp_path / "wrong", stream=json.dumps(record))
     with pytest.raises(ConfigError, match=rf"^{wrong}: it is damaged: "):

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_cases import relative_error
-from streaming_cases import equal_states, first_logits, frames_of, one_pass, stream_model, stream_processor
+from streaming_cases import equal_states, first_logits, frames_of, one_pass, stream_model, stream_processor, text
 from torch import Tensor
 
 from hybridvl.inference.streaming import StreamingSession
@@ -88,10 +88,6 @@ def test_videos_and_texts_one_by_one_are_one_conversation(events: list, size: tu
             assert list(session.ask(what, max_new_tokens=2))
     assert equal_states(session, quiet)
     assert relative_error(first_logits(session, last), with_videos(shown, last)) < TOLERANCE
-
-
-def text(words: str) -> dict:
-    return {"type": "text", "text": words}
 
 
 @torch.no_grad()

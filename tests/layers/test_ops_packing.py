@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,10 +36,11 @@ def test_padding_stands_right_and_goes_away(lengths: list[int]) -> None:
 def test_segments_keep_their_order_states_and_lengths(lengths: list[int], unit: int) -> None:
     packed = torch.arange(1.0, sum(lengths) + 1).reshape(1, -1)
     states = torch.arange(len(lengths)) * 100.0
-    slots = 0
+    calls = slots = 0
 
     def op(tokens: list[Tensor], state: Tensor | None, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal slots
+        nonlocal calls, slots
+        calls += 1
         assert state is not None
         slots += tokens[0].numel()
         assert sizes.tolist() == [lengths[int(n)] for n in state / 100]
@@ -49,6 +52,8 @@ def test_segments_keep_their_order_states_and_lengths(lengths: list[int], unit: 
     assert torch.equal(output, packed + owner)
     sums = torch.stack([segment.sum() for segment in packed[0].split(lengths)])
     assert torch.equal(final, states + sums)
+    # One call for all segments whose units are as many, counted up to the next power of two.
+    assert calls == len({max(math.ceil(length / unit) - 1, 0).bit_length() for length in lengths})
     assert slots <= 2 * sum(-(-length // unit) * unit for length in lengths) + unit * len(lengths)
 
 

@@ -188,6 +188,7 @@ class SideBySide:
     def _set_paused(self, paused: bool) -> None:
         with self._changed:
             self._paused = paused
+            self._origin = None  # a frame that waits comes at once, and the others as long after it as they should
             if self._view.status != "ended":
                 going = "waiting" if self._view.time is None else "playing"
                 self._publish(dataclasses.replace(self._view, status="paused" if paused else going))
@@ -262,7 +263,7 @@ class SideBySide:
         with self._changed:
             while not (self._closing or self._anew):
                 now = time.monotonic()
-                if self._origin is None or self._paused:
+                if self._origin is None:
                     self._origin = now - moment
                 early = self._origin + moment - now if paced else 0.0
                 if not self._paused and not self._asking and early <= 0:
