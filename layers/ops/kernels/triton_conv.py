@@ -26,7 +26,7 @@ def causal_conv(
     if final.numel():
         size = min(_TOKENS, power_of_two(max(tokens, 1)))
         with on_device(x):
-            _convolve[(triton.cdiv(channels, _CHANNELS), max(triton.cdiv(tokens, size), 1), batch)](
+            _convolve[(max(triton.cdiv(tokens, size), 1), triton.cdiv(channels, _CHANNELS), batch)](
                 x, weight, bias, state, y, final, tokens, channels, width, state is not None, bias is not None,
                 activation == "silu", power_of_two(width), size, _CHANNELS, num_warps=4,
             )  # fmt: skip
@@ -54,8 +54,8 @@ def _convolve(
     final += row * channels * WIDTH
     if CARRIED:
         state += row * channels * WIDTH
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    time = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    time = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
     inside = channel < channels
     total = tl.zeros((TOKENS, CHANNELS), tl.float32)
     for tap in tl.static_range(WIDTH):
@@ -66,7 +66,7 @@ def _convolve(
     if ACTIVATED:
         total = silu(total)
     tl.store(y + time.to(tl.int64) * channels + channel, total.to(y.dtype.element_ty), mask=inside & (time < tokens))
-    if tl.program_id(1) == tl.num_programs(1) - 1:
+    if tl.program_id(0) == tl.num_programs(0) - 1:
         place = tl.arange(0, TAPS)[:, None]
         kept = inside & (place < WIDTH)
         last = _input(x, state, tokens - WIDTH + place, channel, kept, tokens, channels, WIDTH, CARRIED)

@@ -36,7 +36,7 @@ def _rotate(
     x, cos, sin, y, x_row, x_token, x_head, cos_row, cos_token, sin_row, sin_token, tokens, heads, HALF: tl.constexpr,
     WIDE: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    token, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, COLUMNS)[None, :]
     inside = column < HALF
     mask = (head < heads) & inside
