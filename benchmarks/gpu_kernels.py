@@ -234,7 +234,7 @@ def _frame_slots(sizes: Sizes, draw: Draw) -> Case:
 
 def _frame_rotary(sizes: Sizes, draw: Draw) -> Case:
     x = draw(1, sizes.frame, sizes.heads, sizes.key_dim)
-    tables = rotary_table(torch.arange(sizes.frame, device=draw.device)[None], sizes.key_dim)
+    tables = rotary_table(torch.arange(sizes.frame, device=draw.device)[None], sizes.key_dim, dtype=draw.dtype)
     runs = _backends("rotary", lambda name: [apply_rotary(x, *tables, name)])
     wide = [t.double() for t in tables]
     right = lambda: [apply_rotary(x.double(), *wide, "reference")]  # noqa: E731

@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from hybridvl.layers.base import Sequence
 from hybridvl.layers.ops import causal_conv
-from hybridvl.layers.ops.backend import backend_or_auto
+from hybridvl.layers.ops.backend import usable_or_auto
 from hybridvl.layers.rows import readable, token_counts
 
 
 class ShortConv(nn.Module):
     """SiLU of a causal depthwise convolution over W tokens, with the parameters of an `nn.Conv1d`.
 
-    weight: (D, 1, W). bias: (D,) or None. backend: of `causal_conv`; where it does not have it, as with gradients or
-    packed segments, "auto".
+    weight: (D, 1, W). bias: (D,) or None. backend: of `causal_conv`; "auto" where that has none of this name, or one
+    that cannot run there.
     """
 
     def __init__(self, channels: int, width: int, bias: bool = False, backend: str = "auto") -> None:
@@ -49,8 +49,8 @@ class ShortConv(nn.Module):
             self.bias,
             initial_state=initial,
             cu_seqlens=sequence.cu_seqlens,
-            backend=backend_or_auto(
-                "causal_conv", self.backend, torch.is_grad_enabled(), sequence.cu_seqlens is not None
+            backend=usable_or_auto(
+                "causal_conv", self.backend, x.device, x.dtype, torch.is_grad_enabled(), sequence.cu_seqlens is not None
             ),
         )
         if state is not None and initial is not None:

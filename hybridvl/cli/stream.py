@@ -26,7 +26,7 @@ from hybridvl.cli.stream_view import StreamLog, StreamView, summary
 from hybridvl.inference.graphs import StepGraphs
 from hybridvl.inference.processor import Processor
 from hybridvl.inference.streaming import StreamingSession
-from hybridvl.inference.streaming.showing import BEFORE, Cue, Progress, Show, Showing, Unsaid
+from hybridvl.inference.streaming.showing import BEFORE, Cue, Progress, Show, Showing, Unsaid, undivided
 from hybridvl.layers.errors import ConfigError
 from hybridvl.models.generation import check_request
 
@@ -75,7 +75,8 @@ def _show(options: argparse.Namespace) -> None:
         finally:
             # Also where the source broke off or Ctrl-C came: what has been shown is not lost.
             if keep is not None and session.whole and shown.progress.frames:
-                session.save(keep)
+                with undivided():
+                    session.save(keep)
                 if not options.quiet and sys.stderr is not None:
                     print(f"state        {keep}", file=sys.stderr)
 
@@ -83,14 +84,15 @@ def _show(options: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
     """So that what ends a service or a job keeps the stream, too."""
-    if threading.current_thread() is not threading.main_thread():
+    before = signal.getsignal(signal.SIGTERM)
+    if before is signal.SIG_IGN or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _session(options: argparse.Namespace, runner: StepGraphs, processor: Processor) -> StreamingSession:

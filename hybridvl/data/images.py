@@ -141,8 +141,13 @@ class ImageProcessor:
 
         Rows run over (t, h / merge, w / merge, merge, merge), columns over (channel, frame, y, x). The last frame is
         repeated up to a multiple of the temporal patch size.
+
+        Raises:
+            ValueError: the frames are of other colours, or no bytes.
         """
         config, (count, height, width, channels) = self.config, frames.shape
+        if channels != config.channels or frames.dtype != np.uint8:
+            raise ValueError(f"frames: {channels} channels of {frames.dtype}; expected {config.channels} of uint8")
         steps = -(-count // config.temporal_patch_size)
         grid = (steps, height // config.patch_size, width // config.patch_size)
         cut = frames.reshape(
@@ -151,16 +156,16 @@ class ImageProcessor:
             *(grid[2] // config.merge_size, config.merge_size, config.patch_size),
             channels,
         )
-        # Bytes are put in order, not the numbers that they stand for, and a frame that is repeated is looked up once.
-        patches = np.ascontiguousarray(cut.transpose(0, 1, 4, 2, 5, 7, 3, 6)).reshape(
-            count, grid[1] * grid[2], channels, config.patch_size**2
+        rows = np.empty(
+            (steps, grid[1] * grid[2], channels, config.temporal_patch_size, config.patch_size**2), np.float32
         )
-        rows = np.empty((grid[0], *patches.shape[1:3], config.temporal_patch_size, patches.shape[3]), np.float32)
-        for channel, table in enumerate(self._tables):
-            normalised = table.take(patches[:, :, channel], mode="clip")  # (F, patches, pixels)
-            for place in range(steps * config.temporal_patch_size):
-                step, frame = divmod(place, config.temporal_patch_size)
-                rows[step, :, channel, frame] = normalised[min(place, count - 1)]
+        # Bytes are put in order, not the numbers that they stand for, and a frame that is repeated is looked up once.
+        for number, frame in enumerate(cut.transpose(0, 1, 4, 2, 5, 7, 3, 6)):
+            step, first = divmod(number, config.temporal_patch_size)
+            last = config.temporal_patch_size if number == count - 1 else first + 1
+            patches = np.ascontiguousarray(frame).reshape(*rows.shape[1:3], 1, rows.shape[4])
+            for channel, table in enumerate(self._tables):
+                rows[step, :, channel, first:last] = table.take(patches[:, channel], mode="clip")
         return torch.from_numpy(rows.reshape(math.prod(grid), -1)), grid
 
     @cached_property

@@ -168,7 +168,8 @@ def resolve_backend(
     if requested != "auto":
         return _explicit(op, requested, work, f"{op}: backend")
     named = _from_environment().get(op, "auto")
-    if named != "auto":
+    # One name for all operators holds for those that can: a kernel without a backward pass is no obstacle to training.
+    if named != "auto" and ("=" in os.environ[ENVIRONMENT] or _takes(op, named, grad, packed)):
         return _explicit(op, named, work, f"{ENVIRONMENT}: {op}")
     return next(backend.name for backend in _BACKENDS[op] if backend.best(work) and backend.unusable(work) is None)
 
@@ -178,13 +179,18 @@ def backend_names(*ops: str) -> tuple[str, ...]:
     return ("auto", *sorted({backend.name for op in ops for backend in _BACKENDS[op]}))
 
 
-def backend_or_auto(op: str, name: str, grad: bool = False, packed: bool = False) -> str:
-    """A mixer's choice as the `backend` of one of its operators: "auto" when that operator has no such backend, or one
-    that cannot record the gradients or take the packed segments that are there."""
-    if name == "auto":
-        return name
-    fits = any(b.name == name and b.grad >= grad and b.packed >= packed for b in _BACKENDS[op])
-    return name if fits else "auto"
+def backend_or_auto(op: str, name: str) -> str:
+    """A mixer's choice as the `backend` of one of its operators: "auto" when that operator has no such backend."""
+    return name if name in backend_names(op) else "auto"
+
+
+def usable_or_auto(
+    op: str, name: str, device: torch.device, dtype: torch.dtype, grad: bool = False, packed: bool = False
+) -> str:
+    """The same for an operator that a mixer's choice is not mainly meant for: "auto" also where it cannot run."""
+    work = _Workload(device, dtype, grad=grad, packed=packed)
+    usable = name != "auto" and any(b.name == name and b.unusable(work) is None for b in _BACKENDS[op])
+    return name if usable else "auto"
 
 
 def backends_report(device: torch.device | str = "cpu", dtype: torch.dtype = torch.bfloat16) -> list[BackendChoice]:
@@ -197,6 +203,10 @@ def backends_report(device: torch.device | str = "cpu", dtype: torch.dtype = tor
             reason = backend.unusable(work)
             rows.append(BackendChoice(op, backend.name, reason is None, reason or "", backend.name == chosen))
     return rows
+
+
+def _takes(op: str, name: str, grad: bool, packed: bool) -> bool:
+    return any(b.name == name and b.grad >= grad and b.packed >= packed for b in _BACKENDS[op])
 
 
 def _words(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -179,3 +179,12 @@ def test_bad_settings_are_named(options, message):
 def test_a_strip_is_refused():
     with pytest.raises(ConfigError, match="1000x4 pixels"):
         ImageProcessor(ImageConfig())(Image.new("RGB", (1000, 4)), "sample 1")
+
+
+@pytest.mark.parametrize(
+    ("frames", "told"),
+    [(np.zeros((1, 28, 28, 4), np.uint8), "4 channels of uint8"), (np.zeros((1, 28, 28, 3)), "3 channels of float64")],
+)
+def test_frames_of_other_colours_or_numbers_are_refused(frames: np.ndarray, told: str) -> None:
+    with pytest.raises(ValueError, match=rf"^frames: {told}; expected 3 of uint8$"):
+        ImageProcessor(ImageConfig()).patches(frames)

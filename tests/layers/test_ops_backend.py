@@ -13,7 +13,7 @@ from torch import Tensor
 from hybridvl.layers import MIXERS, Sequence
 from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.ops import attention, causal_conv, gated_delta_rule, ssd
-from hybridvl.layers.ops.backend import backend_names, backend_or_auto, backends_report, resolve_backend
+from hybridvl.layers.ops.backend import backend_names, backend_or_auto, backends_report, resolve_backend, usable_or_auto
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OPS = (
@@ -327,3 +327,26 @@ def test_compiled_operators_equal_eager_ones() -> None:
         results.append([y, *torch.autograd.grad(y.square().sum(), (q, k, v))])
     for eager, traced in zip(*results, strict=True):
         torch.testing.assert_close(traced, eager, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("_all_installed")
+def test_one_name_for_all_holds_for_those_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels without a backward pass are no obstacle to training, unless they are asked for by operator."""
+    monkeypatch.setenv("HYBRIDVL_BACKEND", "triton")
+    assert resolve_backend("swiglu", "auto", CUDA, BF16) == "triton"
+    assert resolve_backend("swiglu", "auto", CUDA, BF16, grad=True) == "torch"
+    assert resolve_backend("causal_conv", "auto", CUDA, BF16, packed=True) == "torch"
+    with pytest.raises(ConfigError, match=r"HYBRIDVL_BACKEND: swiglu 'triton' cannot be used: .* need CUDA tensors"):
+        resolve_backend("swiglu", "auto", CPU, BF16)
+    monkeypatch.setenv("HYBRIDVL_BACKEND", "swiglu=triton")
+    with pytest.raises(ConfigError, match=r"HYBRIDVL_BACKEND: swiglu 'triton' cannot be used: .* no backward pass"):
+        resolve_backend("swiglu", "auto", CUDA, BF16, grad=True)
+
+
+def test_an_operator_beside_the_one_that_was_meant_chooses_freely_where_it_must() -> None:
+    assert usable_or_auto("causal_conv", "triton", CPU, BF16) == "auto"
+    assert usable_or_auto("causal_conv", "reference", CPU, BF16, grad=True, packed=True) == "reference"
+    assert usable_or_auto("causal_conv", "fla", CPU, BF16) == "auto"
+    mixer = MIXERS["gdn"](heads=2, head_dim=8, backend="triton").build(16)
+    with torch.no_grad():
+        assert mixer(torch.randn(1, 5, 16), Sequence()).isfinite().all()

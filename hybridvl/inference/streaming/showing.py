@@ -201,7 +201,7 @@ class Show:
 
     def _push(self, prepared: _Prepared) -> None:
         self._stages["prepare"] += prepared.seconds
-        with _undivided():
+        with undivided():
             for step in self.session.steps.take(prepared.frame, prepared.time + self._after):
                 begin = time.perf_counter()
                 (features,) = encode_steps(self.session.runner, [step])
@@ -234,18 +234,27 @@ class Show:
 
 
 @contextmanager
-def _undivided() -> Iterator[None]:
-    """Ctrl-C and SIGTERM, where they are handled, come when a frame is in the state, in all layers of it."""
+def undivided() -> Iterator[None]:
+    """Ctrl-C and SIGTERM, where they are handled, come after the block: when a frame is in all layers of the state."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     handled = {number: handler for number, handler in before.items() if callable(handler)}
     if threading.current_thread() is not threading.main_thread():
         handled = {}
     came: list[tuple[int, FrameType | None]] = []
-    for number in handled:
-        signal.signal(number, lambda number, frame: came.append((number, frame)))
+    holding = True
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if holding:
+            came.append((number, frame))
+        else:  # another one has come while handlers were put back
+            handled[signal.Signals(number)](number, frame)
+
     try:
+        for number in handled:
+            signal.signal(number, hold)
         yield
     finally:
+        holding = False
         for number, handler in handled.items():
             signal.signal(number, handler)
         if came:

@@ -34,12 +34,13 @@ def causal_conv(
 
 
 @triton.jit
-def _input(x, state, at, channel, mask, tokens, channels, WIDTH: tl.constexpr, CARRIED: tl.constexpr):
-    """Inputs at times that may lie before the chunk: those are the state's, or zero."""
+def _input(x, state, at, early, channel, mask, tokens, channels, WIDTH: tl.constexpr, CARRIED: tl.constexpr):
+    """Inputs at times that may, if early, lie before the chunk: those are the state's, or zero."""
     value = tl.load(x + at.to(tl.int64) * channels + channel, mask=mask & (at >= 0) & (at < tokens), other=0.0)
-    if CARRIED:
-        old = tl.load(state + channel * WIDTH + WIDTH + at, mask=mask & (at < 0) & (at >= -WIDTH), other=0.0)
-        value = tl.where(at < 0, old, value)
+    if CARRIED:  # noqa: SIM102 - this one is decided when it is compiled
+        if early:
+            old = tl.load(state + channel * WIDTH + WIDTH + at, mask=mask & (at < 0) & (at >= -WIDTH), other=0.0)
+            value = tl.where(at < 0, old, value)
     return value
 
 
@@ -56,10 +57,10 @@ def _convolve(
         state += row * channels * WIDTH
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     time = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
-    inside = channel < channels
+    inside, early = channel < channels, tl.program_id(0) * TOKENS < WIDTH
     total = tl.zeros((TOKENS, CHANNELS), tl.float32)
     for tap in tl.static_range(WIDTH):
-        given = _input(x, state, time - (WIDTH - 1 - tap), channel, inside, tokens, channels, WIDTH, CARRIED)
+        given = _input(x, state, time - (WIDTH - 1 - tap), early, channel, inside, tokens, channels, WIDTH, CARRIED)
         total += given.to(tl.float32) * tl.load(weight + channel * WIDTH + tap, mask=inside, other=0.0).to(tl.float32)
     if BIASED:
         total += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
@@ -69,5 +70,5 @@ def _convolve(
     if tl.program_id(0) == tl.num_programs(0) - 1:
         place = tl.arange(0, TAPS)[:, None]
         kept = inside & (place < WIDTH)
-        last = _input(x, state, tokens - WIDTH + place, channel, kept, tokens, channels, WIDTH, CARRIED)
+        last = _input(x, state, tokens - WIDTH + place, early, channel, kept, tokens, channels, WIDTH, CARRIED)
         tl.store(final + channel * WIDTH + place, last, mask=kept)

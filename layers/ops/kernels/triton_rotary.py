@@ -37,18 +37,20 @@ def _rotate(
     WIDE: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     token, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    head, column = tl.arange(0, HEADS).to(tl.int64)[:, None], tl.arange(0, COLUMNS)[None, :]
     inside = column < HALF
     mask = (head < heads) & inside
     at = row * x_row + token * x_token + head * x_head + column
     first = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(x + at + HALF, mask=mask, other=0.0).to(tl.float32)
     cos_at, sin_at = row * cos_row + token * cos_token + column, row * sin_row + token * sin_token + column
-    # Each half has tables of its own, and every product is rounded to the dtype in which it is formed.
-    near = (first * tl.load(cos + cos_at, mask=inside, other=0.0).to(WIDE).to(tl.float32)).to(WIDE).to(tl.float32)
-    far = (second * tl.load(cos + cos_at + HALF, mask=inside, other=0.0).to(WIDE).to(tl.float32)).to(WIDE)
-    near -= second * tl.load(sin + sin_at, mask=inside, other=0.0).to(WIDE).to(tl.float32)
-    far = far.to(tl.float32) + first * tl.load(sin + sin_at + HALF, mask=inside, other=0.0).to(WIDE).to(tl.float32)
+    near_cos, near_sin = tl.load(cos + cos_at, mask=inside, other=0.0), tl.load(sin + sin_at, mask=inside, other=0.0)
+    far_cos = tl.load(cos + cos_at + HALF, mask=inside, other=0.0).to(WIDE).to(tl.float32)
+    far_sin = tl.load(sin + sin_at + HALF, mask=inside, other=0.0).to(WIDE).to(tl.float32)
+    # As PyTorch rounds: the first product to the dtype in which it is formed, then one fused multiplication and sum.
+    near = (first * near_cos.to(WIDE).to(tl.float32)).to(WIDE).to(tl.float32)
+    near = tl.fma(second, -near_sin.to(WIDE).to(tl.float32), near)
+    far = tl.fma(first, far_sin, (second * far_cos).to(WIDE).to(tl.float32))
     to = y + ((row * tokens + token) * heads + head) * (2 * HALF) + column
     tl.store(to, near.to(WIDE).to(y.dtype.element_ty), mask=mask)
     tl.store(to + HALF, far.to(WIDE).to(y.dtype.element_ty), mask=mask)

@@ -9,22 +9,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.ops.kernels.triton_common import on_device, power_of_two
 
 
 def store_in_slots(k: Tensor, v: Tensor, slots_k: Tensor, slots_v: Tensor, length: Tensor, counts: Tensor) -> None:
-    """See `layers.ops.slots.store_in_slots`; the last axis of every tensor must be dense in the cache."""
+    """See `layers.ops.slots.store_in_slots`; the slots' last axis must be dense."""
+    for name, slot in (("slots_k", slots_k), ("slots_v", slots_v)):
+        if slot.stride(-1) != 1 and slot.shape[-1] > 1:
+            raise ConfigError(f"store_in_slots: {name} has strides {slot.stride()}, expected a last one of 1")
     k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
     batch, tokens, heads, key_dim = k.shape
     slots = slots_k.shape[1]
     newest = min(tokens, slots)  # no slot twice in a row
     if not (newest and batch):
         return
+    tile = power_of_two(heads), power_of_two(max(key_dim, v.shape[3]))
     with on_device(k):
         _store[(newest, batch)](
             k, v, slots_k, slots_v, length.contiguous(), counts.contiguous(), newest, slots, heads,
             *k.stride()[:3], *v.stride()[:3], *slots_k.stride()[:3], *slots_v.stride()[:3],
-            key_dim, v.shape[3], power_of_two(heads), power_of_two(max(key_dim, v.shape[3])), num_warps=1,
+            key_dim, v.shape[3], *tile, num_warps=1 if tile[0] * tile[1] <= 1024 else 4,
         )  # fmt: skip
 
 
@@ -40,7 +45,7 @@ def _store(
     count = tl.load(counts + row)
     token = tl.maximum(count - newest, 0) + tl.program_id(0)
     slot = (tl.load(length + row) + token) % slots
-    head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    head, column = tl.arange(0, HEADS).to(tl.int64)[:, None], tl.arange(0, COLUMNS)[None, :]
     real = (head < heads) & (token < count)
     key = tl.load(k + row * k_row + token * k_token + head * k_head + column, mask=real & (column < K), other=0.0)
     value = tl.load(v + row * v_row + token * v_token + head * v_head + column, mask=real & (column < V), other=0.0)

@@ -7,6 +7,7 @@ import torch
 from kernel_support import assert_near, poisoned
 from torch import Tensor
 
+from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.ops.causal_conv import causal_conv
 from hybridvl.layers.ops.slots import store_in_slots
 from hybridvl.layers.ops.swiglu import swiglu
@@ -74,12 +75,27 @@ def test_slots(tokens: int, slots: int, lengths: tuple[int, int], counts: tuple[
             assert torch.equal(x, right)
 
 
+def test_slots_that_are_not_dense_are_refused() -> None:
+    k, slots, one = draw(1, 2, 3, 4, dtype=F32), draw(1, 8, 3, 8, dtype=F32)[..., ::2], torch.tensor([1])
+    with pytest.raises(
+        ConfigError, match=r"^store_in_slots: slots_k has strides \(192, 24, 8, 2\), expected a last one"
+    ):
+        store_in_slots(k, k, slots, slots, one, one, "triton")
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("activation", ["silu", None])
 @pytest.mark.parametrize("carried", [True, False])
 @pytest.mark.parametrize(
     ("batch", "tokens", "channels", "width", "biased"),
-    [(2, 33, 130, 4, True), (1, 2, 7, 4, False), (2, 1, 5, 3, True), (1, 16, 128, 1, False), (2, 0, 6, 4, False)],
+    [
+        (2, 33, 130, 4, True),
+        (1, 40, 9, 20, False),
+        (1, 2, 7, 4, False),
+        (2, 1, 5, 3, True),
+        (1, 16, 128, 1, False),
+        (2, 0, 6, 4, False),
+    ],
 )
 def test_conv(
     batch: int, tokens: int, channels: int, width: int, biased: bool, carried: bool, activation: str | None, dtype
