@@ -18,9 +18,9 @@ from hybridvl.layers.ops.gated_norm import gated_rms_norm, rms_norm
 from hybridvl.layers.ops.gdn_step import gated_delta_net_step
 from hybridvl.layers.ops.mamba2_step import mamba2_step
 from hybridvl.layers.ops.ring_attention import cached_attention, ring_attention
+from hybridvl.layers.ops.rotary import apply_rotary, rotary_table
 from hybridvl.layers.ops.slots import store_in_slots
 from hybridvl.layers.ops.swiglu import swiglu
-from hybridvl.layers.rotary import apply_rotary, rotary_table
 
 Run = Callable[[], list[Tensor]]
 

@@ -14,8 +14,8 @@ from hybridvl.layers.ops import attention
 from hybridvl.layers.ops.attention import attention_flops
 from hybridvl.layers.ops.backend import backend_names, backend_or_auto
 from hybridvl.layers.ops.ring_attention import cached_attention, ring_attention, ring_attention_flops
+from hybridvl.layers.ops.rotary import apply_rotary
 from hybridvl.layers.pieces import Piece, head_piece, key_value_heads, qkvo_rule, source_heads
-from hybridvl.layers.rotary import apply_rotary
 from hybridvl.layers.rows import RowMixer, readable, token_counts
 from hybridvl.layers.validate import check_types, check_width, expect, expect_at_least, expect_positive
 

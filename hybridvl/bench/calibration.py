@@ -21,7 +21,7 @@ from hybridvl.bench.timing import Timer, timer
 from hybridvl.layers import MIXERS, ConfigError, MixerConfig
 from hybridvl.layers import Sequence as Tokens
 from hybridvl.layers.norms import RMSNorm
-from hybridvl.layers.rotary import rotary_table
+from hybridvl.layers.ops.rotary import rotary_table
 from hybridvl.models.block import Block, SwiGLU
 from hybridvl.models.config import ModelConfig
 from hybridvl.models.decoder import ModelState

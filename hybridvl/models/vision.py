@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hybridvl.layers import ConfigError
 from hybridvl.layers.norms import RMSNorm, at_least_float32
-from hybridvl.layers.rotary import apply_rotary
+from hybridvl.layers.ops.rotary import apply_rotary
 from hybridvl.models.block import SwiGLU
 from hybridvl.models.config import VisionConfig
 from hybridvl.models.vision_plan import Grid, Segments, grid_tuples, vision_plan

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hybridvl.layers.base import Mixer, MixerConfig, Sequence, State
-from hybridvl.layers.rotary import rotary_table
+from hybridvl.layers.ops.rotary import rotary_table
 
 Comparison = tuple[str, Tensor, Tensor]
 """What is compared, the value found, the value expected."""

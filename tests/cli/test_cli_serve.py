@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from model_cases import small_config
 from served_pages import clip, served
 from streaming_cases import saved_model
+from video_cases import write_video
 
 import hybridvl
 from hybridvl.cli import main
@@ -51,6 +53,48 @@ def test_the_default_baseline_stops_at_its_limit(folder: Path, video: Path) -> N
     assert frames < int(ours[2].replace(",", ""))
     assert 60 <= tokens < 60 + 8
     assert size >= 64 * 2 * 2 * 2 * 16 * 4
+
+
+def test_a_source_that_breaks_off_is_told_at_the_end(folder: Path, video: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.mp4"
+    whole = write_video(tmp_path / "whole.mp4", frames=40, rate=4, options={"movflags": "faststart"}).read_bytes()
+    cut.write_bytes(whole[: len(whole) * 3 // 4])
+    for patience in (2, 8, 32):  # seconds; it has some seven frames of a few milliseconds
+        with served(str(cut), "--checkpoint", str(folder), "--no-baseline") as (_, process):
+            time.sleep(patience)
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        if "error:" in errors:
+            break
+    summary, error = errors.splitlines()
+    assert 0 < int(SUMMARY.fullmatch(summary)[2]) < 40
+    assert error.startswith(f"error: SOURCE: video {cut} cannot be read on after ")
+
+
+# The command, with a frame that takes for ever when it is to end.
+STUCK = """
+import sys, time
+from hybridvl.cli import main
+from hybridvl.inference.streaming.side_by_side import SideBySide
+
+SideBySide.close = lambda self: (print("closing", flush=True), time.sleep(600))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_second_signal_ends_it_at_once(folder: Path, video: Path) -> None:
+    command = [sys.executable, "-c", STUCK, "serve", str(video), "--checkpoint", str(folder), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline().endswith("; Ctrl-C ends it\n")
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == "closing\n"
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, errors) == (130, "error: serve interrupted\n")
 
 
 @pytest.mark.parametrize(

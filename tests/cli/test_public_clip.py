@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.metadata import distribution
 from pathlib import Path
 
 import av
@@ -15,10 +15,8 @@ EVERY = 60  # frames of the clip, which has 30 a second
 
 
 def clip() -> Path:
-    found = importlib.util.find_spec("gradio")  # finds it without importing it
-    assert found is not None, "gradio, of the dev extra, brings the clip"
-    assert found.origin is not None
-    return Path(found.origin).parent / "media_assets" / "videos" / "world.mp4"
+    # Of the dev extra; found without importing it.
+    return Path(distribution("gradio").locate_file("gradio/media_assets/videos/world.mp4"))
 
 
 def test_a_public_clip_streams_as_it_is_decoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from hybridvl.layers import Sequence
 from hybridvl.layers.cache import KeyValueState
 from hybridvl.layers.full import FullAttentionConfig, FullAttentionState
 from hybridvl.layers.norms import RMSNorm
-from hybridvl.layers.rotary import apply_rotary, rotary_table
+from hybridvl.layers.ops.rotary import apply_rotary, rotary_table
 from hybridvl.layers.softmax_attention import AttentionConfig
 from hybridvl.layers.swa import SlidingWindowConfig
 

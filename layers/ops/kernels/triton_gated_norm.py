@@ -23,26 +23,20 @@ def gated_rms_norm(
 
     cast_first: rmsnorm(x) is rounded to x's dtype before it meets the weight (no gate then).
     """
-    y: Tensor = _GatedNorm.apply(x, gate, weight, eps, groups, gate_first, cast_first)
+    y: Tensor = _GatedNorm.apply(x, gate, weight, (eps, groups, gate_first, cast_first))
     return y
 
 
 class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        gate: Tensor | None,
-        weight: Tensor,
-        eps: float,
-        groups: int,
-        gate_first: bool,
-        cast_first: bool,
+        ctx: Any, x: Tensor, gate: Tensor | None, weight: Tensor, options: tuple[float, int, bool, bool]
     ) -> Tensor:
+        eps, groups, gate_first, cast_first = options
         x, weight = x.contiguous(), weight.contiguous()
         gate = None if gate is None else gate.contiguous()
         ctx.save_for_backward(x, gate, weight)
-        ctx.options = eps, groups, gate_first, cast_first
+        ctx.options = options
         y = torch.empty_like(x)
         rows, group, tile = _sizes(x, groups)
         if rows:
@@ -69,7 +63,7 @@ class _GatedNorm(torch.autograd.Function):
                     rows, eps, groups * group, group, gate is not None, gate_first, cast_first, *tile,
                     num_warps=_warps(tile),
                 )  # fmt: skip
-        return dx, dgate, partial.sum(0).to(weight.dtype), None, None, None, None
+        return dx, dgate, partial.sum(0).to(weight.dtype), None
 
 
 def _sizes(x: Tensor, groups: int) -> tuple[int, int, tuple[int, int]]:

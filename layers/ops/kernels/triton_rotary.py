@@ -16,7 +16,7 @@ _WIDE = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """See `layers.rotary.apply_rotary`; products are rounded as there."""
+    """See `layers.ops.rotary`; products are rounded as there."""
     x, cos, sin = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, cos, sin))
     batch, tokens, heads, dim = x.shape
     cos, sin = cos.expand(batch, -1, -1), sin.expand(batch, -1, -1)

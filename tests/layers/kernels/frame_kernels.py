@@ -9,9 +9,9 @@ from torch import Tensor
 
 from hybridvl.layers.errors import ConfigError
 from hybridvl.layers.ops.causal_conv import causal_conv
+from hybridvl.layers.ops.rotary import apply_rotary, rotary_table
 from hybridvl.layers.ops.slots import store_in_slots
 from hybridvl.layers.ops.swiglu import swiglu
-from hybridvl.layers.rotary import apply_rotary, rotary_table
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 

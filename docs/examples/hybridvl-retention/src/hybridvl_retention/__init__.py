@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from hybridvl.layers import MixerConfig, Sequence, State
 from hybridvl.layers.norms import GatedRMSNorm, at_least_float32
 from hybridvl.layers.ops import ssd
+from hybridvl.layers.ops.rotary import apply_rotary
 from hybridvl.layers.ops.ssd import ssd_flops
-from hybridvl.layers.rotary import apply_rotary
 from hybridvl.layers.rows import RowMixer, readable, zero_padding
 from hybridvl.layers.validate import check_types, check_width, expect, expect_at_least
 
